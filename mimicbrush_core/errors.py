@@ -1,0 +1,40 @@
+"""The core's own exceptions. Every message names what was given, what was expected and what to do.
+
+The command line maps each class to an exit code (`exit_code`); a host passes the message on unchanged.
+"""
+
+
+class MimicBrushError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    exit_code = 1
+
+
+class ArgumentError(MimicBrushError, ValueError):
+    """A setting is unknown, out of range, or does not fit the other settings."""
+
+    exit_code = 2
+
+
+class PictureError(MimicBrushError):
+    """A source, reference, mask or depth picture cannot be used."""
+
+    exit_code = 3
+
+
+class ModelFileError(MimicBrushError):
+    """A weight file or model folder is missing, damaged, or of another system."""
+
+    exit_code = 4
+
+
+class OutputError(MimicBrushError):
+    """The result cannot be written where it was asked for."""
+
+    exit_code = 5
+
+
+class Cancelled(MimicBrushError):
+    """The run was cancelled by its caller; nothing was written."""
+
+    exit_code = 130
