@@ -1,0 +1,236 @@
+"""Mask arithmetic and geometry: what is masked, how the models see it, where to zoom, how to paste back.
+
+A mask is `np.ndarray` float32 `[H, W]`, 0..1, 1 = repaint. The numbers follow the original
+`run_gradio3_demo.py` of MimicBrush (functions named in the docstrings).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from .errors import ArgumentError, PictureError
+from .images import pad_to_square, resize_lanczos
+
+THRESHOLD = 128
+"""A pixel is masked when its 8-bit mask value is greater than this."""
+
+ZOOM_MINIMUM = 128
+"""Default smallest side of the zoom window: a window of 128 pixels is enlarged four times for a 512-pixel
+model; a smaller one would show it little but blur."""
+
+_RANGE_TOLERANCE = 1e-3
+_Values = TypeVar("_Values", np.ndarray, torch.Tensor)
+
+
+def binarize(mask: np.ndarray) -> np.ndarray:
+    """Which pixels are repainted, bool `[H, W]`: round(mask * 255) > 128, so 128/255 itself is not masked.
+
+    (original: `run_local`, `> 128` on the 8-bit grey mask)
+    """
+    return np.rint(mask * np.float32(255)) > THRESHOLD
+
+
+def check_mask(mask: np.ndarray, height: int, width: int) -> None:
+    """Raise PictureError unless `mask` fits a picture of `height` x `width` and masks at least one pixel.
+
+    Refused: another shape or size, NaN, values outside 0..1 (by more than 1e-3), no pixel above the
+    threshold.
+    """
+    if mask.ndim != 2:
+        raise PictureError(f"The mask has the shape {list(mask.shape)}. Give one mask as [height, width].")
+    if mask.shape != (height, width):
+        raise PictureError(
+            f"The mask is {mask.shape[1]} x {mask.shape[0]} pixels, the picture "
+            f"{width} x {height}. Give a mask of the picture's size."
+        )
+    low, high = float(mask.min()), float(mask.max())  # NaN survives min and max
+    if math.isnan(low):
+        raise PictureError("The mask contains NaN values. Check the step that produced it.")
+    if low < -_RANGE_TOLERANCE or high > 1 + _RANGE_TOLERANCE:
+        raise PictureError(f"The mask has values from {low:.4g} to {high:.4g}. Masks must lie within 0 to 1.")
+    if not binarize(mask).any():
+        raise PictureError(
+            f"The mask is empty: its largest value is {round(high * 255)} of 255, and only "
+            f"pixels above {THRESHOLD} count as masked. Paint the region to repaint in white."
+        )
+
+
+def mask_for_model(mask: np.ndarray, size: int) -> np.ndarray:
+    """The mask as the model sees it: float32 `[size, size]` of only 0 and 1.
+
+    Binarised, padded with black to a square, resized by Pillow's 8-bit LANCZOS, and cut at 0.5.
+    (original: `infer_single` and diffusers' mask processor)
+    """
+    square = pad_to_square(_as_bytes(mask), 0)
+    resized = resize_lanczos(square, size)
+    return (resized.astype(np.float32) / np.float32(255) >= 0.5).astype(np.float32)
+
+
+def latent_mask(model_mask: np.ndarray, scale_factor: int) -> torch.Tensor:
+    """The model's mask `[H, W]` at latent size, float32 `[1, 1, H / f, W / f]`: the top-left pixel of each
+    cell.
+
+    Nearest, as in the original, so strokes thinner than `scale_factor` pixels may vanish. Raises
+    ArgumentError where the sides are no multiples of `scale_factor`. (original: `prepare_mask_latents`)
+    """
+    height, width = model_mask.shape
+    if height % scale_factor or width % scale_factor:
+        raise ArgumentError(f"A mask of {width} x {height} does not divide into cells of {scale_factor} pixels.")
+    cells = np.array(model_mask[::scale_factor, ::scale_factor], dtype=np.float32)
+    return torch.from_numpy(cells)[None, None]
+
+
+# -------------------- feathering and pasting
+
+
+def feather_alpha(mask: np.ndarray, feather: int = 10) -> np.ndarray:
+    """The opacity of the result when it is pasted back, uint8 `[H, W]`.
+
+    The binarised mask, blurred `feather` times by 3x3: 255 well inside, 0 further than `feather` pixels
+    outside; 0 passes give a hard edge, 10 are the original's. Raises ArgumentError for a negative or
+    fractional count. (original: `run_local`, ten times cv2.GaussianBlur(3x3, sigma 0))
+    """
+    if isinstance(feather, bool) or not isinstance(feather, (int, np.integer)) or feather < 0:
+        raise ArgumentError(f"The feather must be a whole number of pixels, 0 or more, not {feather!r}.")
+    return binomial_blur(_as_bytes(mask), int(feather))
+
+
+def binomial_blur(values: np.ndarray, passes: int) -> np.ndarray:
+    """Blur uint8 `[H, W]` `passes` times with the 3x3 kernel [1 2 1] x [1 2 1] / 16; a new uint8 array.
+
+    Each pass rounds back to 8 bits, (sum + 8) >> 4, and mirrors at the picture's borders without repeating
+    the border pixel: bit-exact with cv2.GaussianBlur on uint8. Only the surroundings of the non-zero pixels
+    are computed.
+    """
+    blurred = values.copy()
+    if not values.any():
+        return blurred
+    # One pixel more than the blur can reach: mirroring at the window's inner borders then only meets zeros.
+    rows, columns = _bounding_box(values > 0).grown(passes + 1, *values.shape).slices
+    part = values[rows, columns].astype(np.uint16)
+    for _ in range(passes):
+        part = _blur_once(part)
+    blurred[rows, columns] = part
+    return blurred
+
+
+def _blur_once(part: np.ndarray) -> np.ndarray:
+    padded = np.pad(part, 1, mode="reflect")
+    rows = padded[:-2] + 2 * padded[1:-1] + padded[2:]  # at most 4 * 255
+    return (rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:] + 8) >> 4  # at most 16 * 255 + 8
+
+
+def paste_back(result: np.ndarray, source: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Blend `result` over `source` (both uint8 `[H, W, 3]`) by `alpha` uint8 `[H, W]`; a new uint8 array.
+
+    The mix is truncated, not rounded, as in the original. Where alpha is 0 the source's bytes are kept, where
+    it is 255 the result's. Raises ArgumentError where the sizes differ. (original: the end of `run_local`)
+    """
+    if not (result.shape == source.shape and alpha.shape == source.shape[:2]):
+        raise ArgumentError(
+            f"Result {list(result.shape)}, source {list(source.shape)} and alpha "
+            f"{list(alpha.shape)} do not fit together."
+        )
+    pasted = np.where((alpha == 255)[..., None], result, source)
+    # Only the soft border needs arithmetic; float64 because truncation shows the last bit.
+    border = (alpha > 0) & (alpha < 255)
+    weight = alpha[border].astype(np.float64)[:, None] / 255
+    pasted[border] = (result[border] * weight + source[border] * (1 - weight)).astype(np.uint8)
+    return pasted
+
+
+def paste_back_float(result: _Values, source: _Values, alpha: np.ndarray | torch.Tensor) -> _Values:
+    """Blend `result` over `source`, both floating point 0..1 `[..., H, W, C]` arrays or tensors, by `alpha`.
+
+    `alpha`: uint8 `[H, W]`, or `[..., H, W]` for one per picture. The leading (batch) dimensions broadcast.
+    Returns the kind and dtype of `source`, neither rounded nor truncated; where alpha is 0 the source is kept
+    bit for bit (also where the result is NaN).
+    """
+    base = torch.as_tensor(source)
+    painted = torch.as_tensor(result).to(base)
+    opacity = torch.as_tensor(alpha).to(base.device)[..., None]
+    weight = opacity.to(base.dtype) / 255
+    pasted = torch.where(opacity == 0, base, painted * weight + base * (1 - weight))
+    return pasted.numpy() if isinstance(source, np.ndarray) else pasted
+
+
+def _as_bytes(mask: np.ndarray) -> np.ndarray:
+    return binarize(mask).astype(np.uint8) * np.uint8(255)
+
+
+# -------------------- crop windows
+
+
+@dataclass(frozen=True)
+class CropWindow:
+    """A part of the source picture, in its pixels; square unless the picture is smaller than the square."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """(rows, columns), to index `[H, W, ...]` arrays with."""
+        return slice(self.y, self.y + self.height), slice(self.x, self.x + self.width)
+
+    def grown(self, pixels: int, height: int, width: int) -> "CropWindow":
+        """This window with `pixels` more on each side, cut at the borders of a picture of `height` x
+        `width`."""
+        left, top = max(self.x - pixels, 0), max(self.y - pixels, 0)
+        right = min(self.x + self.width + pixels, width)
+        bottom = min(self.y + self.height + pixels, height)
+        return CropWindow(left, top, right - left, bottom - top)
+
+
+def whole_picture(height: int, width: int) -> CropWindow:
+    """The window that is the whole picture."""
+    return CropWindow(0, 0, width, height)
+
+
+def zoom_window(mask: np.ndarray, margin: float = 0.5, minimum: int = ZOOM_MINIMUM, feather: int = 10) -> CropWindow:
+    """A square window around the mask, to repaint a small region at the model's full resolution.
+
+    `margin` is relative: on each side of the mask's bounding box at least this share of its longest side
+    stays visible, so 0.5 makes the window twice as wide as the mask, 0 cuts it tight. It never gets smaller
+    than `minimum` pixels, nor so small that the feather (`feather` passes, plus one pixel) is cut off. The
+    window is centred on the mask and shifted to stay inside the picture; where the picture is shorter than
+    the window, it is cut to the picture and no longer square (padded to a square later, like any whole
+    picture). Raises PictureError for an empty mask, ArgumentError for a setting out of range.
+    """
+    if not (math.isfinite(margin) and margin >= 0):
+        raise ArgumentError(f"The zoom margin must be 0 or more, not {margin!r}.")
+    if minimum < 1 or feather < 0:
+        raise ArgumentError(
+            f"The smallest window ({minimum!r}) must be at least 1 pixel, the feather ({feather!r}) at least 0."
+        )
+    hole = binarize(mask)
+    if not hole.any():
+        raise PictureError(
+            f"The mask is empty (no pixel above {THRESHOLD} of 255), so there is nothing to "
+            "zoom to. Paint the region to repaint in white."
+        )
+    box = _bounding_box(hole)
+    longest = max(box.width, box.height)
+    side = max(math.ceil(longest * (1 + 2 * margin)), longest + 2 * (feather + 1), minimum)
+    x, width = _place(box.x, box.width, side, mask.shape[1])
+    y, height = _place(box.y, box.height, side, mask.shape[0])
+    return CropWindow(x, y, width, height)
+
+
+def _place(start: int, length: int, side: int, limit: int) -> tuple[int, int]:
+    """Start and length of a stretch of `side` pixels centred on start..start + length, inside 0..limit."""
+    side = min(side, limit)
+    first = start - (side - length) // 2
+    return min(max(first, 0), limit - side), side
+
+
+def _bounding_box(hole: np.ndarray) -> CropWindow:
+    """The smallest window that holds every True of a bool `[H, W]` array with at least one."""
+    rows, columns = np.flatnonzero(hole.any(axis=1)), np.flatnonzero(hole.any(axis=0))
+    top, left = int(rows[0]), int(columns[0])
+    return CropWindow(left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1)

@@ -1,0 +1,308 @@
+"""masks.py: mask arithmetic, zoom windows and paste-back. The recorded pictures of the original are the
+judge."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from mimicbrush_core import images, masks
+from mimicbrush_core.errors import ArgumentError, PictureError
+
+GOLDEN = Path(__file__).parent / "golden" / "mimicbrush"
+CASES = ("landscape", "portrait", "oddsquare")
+
+
+def golden(name):
+    with Image.open(GOLDEN / "images" / f"{name}.png") as image:
+        return np.array(image)
+
+
+def mask_of(case):
+    return images.read_mask(GOLDEN / "images" / f"{case}_mask.png")
+
+
+def box_mask(height, width, top, left, box_height, box_width):
+    mask = np.zeros((height, width), np.float32)
+    mask[top : top + box_height, left : left + box_width] = 1
+    return mask
+
+
+def random_box(random, height, width):
+    top, left = int(random.integers(0, height)), int(random.integers(0, width))
+    return top, left, int(random.integers(1, height - top + 1)), int(random.integers(1, width - left + 1))
+
+
+# -------------------- recorded pictures
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_model_and_latent_masks_match_the_original(case):
+    model_mask = masks.mask_for_model(mask_of(case), 512)
+    assert model_mask.dtype == np.float32 and np.array_equal(model_mask * 255, golden(f"{case}_mask_512"))
+    latent = masks.latent_mask(model_mask, 8)
+    assert latent.dtype == torch.float32 and latent.is_contiguous()
+    assert torch.equal(latent, load_file(GOLDEN / f"prep_{case}.safetensors")["mask_latent_64"].float())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_feather_and_paste_back_match_the_original(case):
+    alpha = masks.feather_alpha(mask_of(case))
+    assert np.array_equal(alpha, golden(f"{case}_post_mask_alpha"))
+    source, expected = golden(f"{case}_source"), golden(f"{case}_post_result")
+    pasted = masks.paste_back(golden(f"{case}_post_cropped_pred"), source, alpha)
+    assert np.array_equal(pasted, expected)
+    height, width = source.shape[:2]
+    side = max(height, width)
+    square = images.resize_bilinear(golden(f"{case}_stub_prediction"), side, side)
+    prediction = images.crop_padding(square, height, width)
+    difference = np.abs(masks.paste_back(prediction, source, alpha).astype(int) - expected)
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.01
+    assert not difference[alpha == 0].any()
+
+
+@pytest.mark.parametrize(("case", "pipe"), [("landscape", "pipe_s5_shape"), ("portrait", "pipe_s20_noshape")])
+def test_the_alpha_covers_every_change_of_the_whole_run(case, pipe):
+    alpha = masks.feather_alpha(mask_of(case))
+    changed = (golden(f"{pipe}_run_local_result") != golden(f"{case}_source")).any(axis=2)
+    assert changed.any() and not changed[alpha == 0].any()
+
+
+def test_benchmark_masks_and_result_match_the_original():
+    """run_inference_benchmark.py scales the mask first, but pastes by the original, un-binarised mask,
+    rounded."""
+    scaled = images.resize_bilinear(golden("landscape_mask"), 384, 512) / np.float32(255)
+    model_mask = masks.mask_for_model(scaled, 512)
+    assert (model_mask * 255 != golden("bench_landscape_mask_512")).sum() <= 2
+    recorded = load_file(GOLDEN / "prep_bench_landscape.safetensors")["mask_latent_64"].float()
+    assert torch.equal(masks.latent_mask(model_mask, 8), recorded)
+    alpha = masks.binomial_blur(golden("landscape_mask"), 10)
+    result, source = golden("landscape_post_cropped_pred") / 255, golden("landscape_source") / 255
+    pasted = np.rint(masks.paste_back_float(result, source, alpha) * 255)
+    assert np.array_equal(pasted, golden("bench_landscape_result"))
+
+
+# -------------------- threshold, checks
+
+
+def test_the_threshold_is_128_exclusive():
+    values = np.arange(256, dtype=np.float32).reshape(16, 16) / np.float32(255)
+    assert np.array_equal(masks.binarize(values).ravel(), np.arange(256) > 128)
+    assert masks.binarize(np.full((8, 8), 128.6 / 255, np.float32)).all()
+
+
+def test_good_masks_pass():
+    masks.check_mask(box_mask(10, 20, 3, 3, 1, 1), 10, 20)
+    masks.check_mask(np.full((8, 8), 129 / 255, np.float32), 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("mask", "found"),
+    [
+        (np.ones((20, 10), np.float32), "10 x 20 pixels, the picture 20 x 10"),
+        (np.ones((10, 20, 1), np.float32), "shape"),
+        (np.where(np.eye(10, 20) > 0, np.nan, 1).astype(np.float32), "NaN"),
+        (np.zeros((10, 20), np.float32), "empty.* 0 of 255.*above 128"),
+        (np.full((10, 20), 128 / 255, np.float32), "empty.* 128 of 255.*above 128"),
+        (np.full((10, 20), 255, np.uint8), "within 0 to 1"),
+        (np.full((10, 20), -0.5, np.float32), "within 0 to 1"),
+        (np.full((10, 20), np.inf, np.float32), "within 0 to 1"),
+    ],
+)
+def test_bad_masks_are_refused(mask, found):
+    with pytest.raises(PictureError, match=found):
+        masks.check_mask(mask, 10, 20)
+
+
+def test_masks_for_models_are_binary_and_padded_with_black():
+    model_mask = masks.mask_for_model(np.ones((20, 40), np.float32), 64)
+    assert set(np.unique(model_mask)) == {0.0, 1.0}
+    assert model_mask[16:48].all() and not model_mask[:15].any() and not model_mask[49:].any()
+
+
+def test_latent_masks_take_the_top_left_pixel():
+    mask = np.zeros((16, 24), np.float32)
+    mask[8, 16] = mask[1, 1] = 1
+    latent = masks.latent_mask(mask, 8)
+    assert latent.tolist() == [[[[0, 0, 0], [0, 0, 1]]]]
+    with pytest.raises(ArgumentError, match="24 x 16"):
+        masks.latent_mask(mask, 5)
+
+
+# -------------------- feather
+
+
+def slow_blur(values, passes):
+    """The definition, pixel by pixel shifted: no window, no shortcuts."""
+    values = values.astype(np.int64)
+    height, width = values.shape
+    for _ in range(passes):
+        around = np.pad(values, 1, mode="reflect")
+        total = np.zeros_like(values)
+        for dy, wy in enumerate((1, 2, 1)):
+            for dx, wx in enumerate((1, 2, 1)):
+                total += wy * wx * around[dy : dy + height, dx : dx + width]
+        values = (total + 8) >> 4
+    return values
+
+
+def test_feather_equals_the_definition_everywhere():
+    random = np.random.default_rng(3)
+    for _ in range(60):
+        height, width = (int(v) for v in random.integers(8, 60, 2))
+        mask = box_mask(height, width, *random_box(random, height, width))
+        mask[random.random((height, width)) < 0.02 * random.integers(0, 2)] = 1
+        feather = int(random.integers(0, 14))
+        alpha = masks.feather_alpha(mask, feather)
+        assert alpha.dtype == np.uint8 and alpha.shape == mask.shape
+        assert np.array_equal(alpha, slow_blur(mask * 255, feather))
+
+
+@pytest.mark.parametrize("feather", [0, 1, 2, 10, 25])
+def test_feather_is_zero_beyond_its_reach(feather):
+    alpha = masks.feather_alpha(box_mask(120, 120, 50, 40, 15, 30), feather)
+    outside = np.ones((120, 120), bool)
+    outside[50 - feather : 65 + feather, 40 - feather : 70 + feather] = False
+    assert not alpha[outside].any()
+    if feather == 0:
+        assert set(np.unique(alpha)) == {0, 255}
+
+
+def test_feather_refuses_nonsense_and_leaves_the_mask_alone():
+    mask = box_mask(8, 8, 2, 2, 3, 3)
+    kept = mask.copy()
+    masks.feather_alpha(mask)
+    assert np.array_equal(mask, kept)
+    assert not masks.feather_alpha(np.zeros((8, 8), np.float32)).any()
+    for feather in (-1, 1.5, True, "3"):
+        with pytest.raises(ArgumentError, match="feather"):
+            masks.feather_alpha(mask, feather)
+
+
+def test_feather_of_large_pictures_is_fast():
+    started = time.process_time()
+    masks.feather_alpha(box_mask(2160, 3840, 900, 1600, 300, 300))
+    assert time.process_time() - started < 2
+
+
+# -------------------- paste-back
+
+
+def test_paste_back_truncates_and_keeps_the_source():
+    random = np.random.default_rng(7)
+    result, source = (random.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(2))
+    alpha = random.integers(0, 256, (64, 64), dtype=np.uint8)
+    alpha[:20], alpha[20:30] = 0, 255
+    kept = source.copy()
+    pasted = masks.paste_back(result, source, alpha)
+    share = alpha[..., None] / 255
+    assert np.array_equal(pasted, (result * share + source * (1 - share)).astype(np.uint8))
+    assert np.array_equal(pasted[:20], source[:20]) and np.array_equal(pasted[20:30], result[20:30])
+    assert np.array_equal(source, kept) and pasted is not source
+
+
+def test_paste_back_refuses_other_sizes():
+    picture, alpha = np.zeros((8, 9, 3), np.uint8), np.zeros((8, 9), np.uint8)
+    with pytest.raises(ArgumentError, match="do not fit"):
+        masks.paste_back(picture[:, :8], picture, alpha)
+    with pytest.raises(ArgumentError, match="do not fit"):
+        masks.paste_back(picture, picture, alpha[:, :8])
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 3), (2, 16, 16, 3), (2, 3, 16, 16, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_paste_back_of_floats(shape, dtype):
+    generator = torch.Generator().manual_seed(4)
+    result, source = (torch.rand(shape, generator=generator).to(dtype) for _ in range(2))
+    alpha = masks.feather_alpha(box_mask(16, 16, 5, 5, 6, 6), 2)
+    outside, inside = torch.from_numpy(alpha == 0), torch.from_numpy(alpha == 255)
+    result[..., outside, :] = float("nan")
+    pasted = masks.paste_back_float(result, source, alpha)
+    assert pasted.dtype == dtype and pasted.shape == shape
+    assert torch.equal(pasted[..., outside, :], source[..., outside, :])
+    assert inside.any() and torch.equal(pasted[..., inside, :], result[..., inside, :])
+    share = torch.from_numpy(alpha / 255)[..., None]
+    mixed = result.double() * share + source.double() * (1 - share)
+    expected = torch.where(share == 0, source.double(), mixed)
+    assert torch.allclose(pasted.double(), expected, atol=2e-3 if dtype == torch.float16 else 1e-6)
+    as_arrays = masks.paste_back_float(result.numpy(), source.numpy(), alpha)
+    assert isinstance(as_arrays, np.ndarray) and np.array_equal(as_arrays, pasted.numpy())
+
+
+def test_paste_back_of_floats_takes_an_alpha_per_picture():
+    result, source = torch.ones(2, 8, 8, 3), torch.zeros(8, 8, 3)
+    alpha = torch.zeros(2, 8, 8, dtype=torch.uint8)
+    alpha[1, 2:4] = 255
+    pasted = masks.paste_back_float(result, source, alpha)
+    assert not pasted[0].any() and torch.equal(pasted[1, :, :, 0], (alpha[1] == 255).float())
+
+
+# -------------------- crop windows
+
+
+def test_whole_picture():
+    window = masks.whole_picture(30, 40)
+    assert window == masks.CropWindow(0, 0, 40, 30)
+    assert np.zeros((30, 40, 3))[window.slices].shape == (30, 40, 3)
+
+
+def test_zoom_windows_hold_their_promises():
+    random = np.random.default_rng(9)
+    squares = cut = 0
+    for _ in range(600):
+        height, width = (int(v) for v in random.integers(8, 300, 2))
+        top, left, box_height, box_width = random_box(random, height, width)
+        if random.random() < 0.6:
+            box_height, box_width = min(box_height, 20), min(box_width, 20)
+        mask = box_mask(height, width, top, left, box_height, box_width)
+        margin, minimum = float(random.choice([0, 0.25, 0.5, 2])), int(random.choice([1, 16, 64, 128]))
+        feather = int(random.choice([0, 3, 10]))
+        window = masks.zoom_window(mask, margin, minimum, feather)
+
+        assert window.x >= 0 and window.y >= 0
+        assert window.x + window.width <= width and window.y + window.height <= height
+        assert mask[window.slices].sum() == mask.sum(), "the whole mask is inside"
+        longest = max(box_height, box_width)
+        side = max(int(np.ceil(longest * (1 + 2 * margin))), longest + 2 * (feather + 1), minimum)
+        assert (window.width, window.height) == (min(side, width), min(side, height))
+        alpha = masks.feather_alpha(mask, feather)
+        assert alpha[window.slices].astype(int).sum() == alpha.astype(int).sum(), "no feather is cut off"
+        for start, length, first, size, limit in (
+            (left, box_width, window.x, window.width, width),
+            (top, box_height, window.y, window.height, height),
+        ):
+            before, after = start - first, first + size - start - length
+            centred = abs(before - after) <= 1
+            assert centred or first == 0 or first + size == limit, "shifted only by the picture's border"
+        squares += window.width == window.height
+        cut += window.width != window.height
+    assert squares > 100 and cut > 100
+
+
+def test_zoom_window_of_a_small_mask():
+    mask = box_mask(1000, 1000, 500, 400, 100, 60)
+    assert masks.zoom_window(mask) == masks.CropWindow(400 - 70, 500 - 50, 200, 200)
+    assert masks.zoom_window(mask, margin=0) == masks.CropWindow(400 - 34, 500 - 14, 128, 128)
+    assert masks.zoom_window(mask, margin=0, minimum=1) == masks.CropWindow(400 - 31, 500 - 11, 122, 122)
+    corner = box_mask(1000, 1000, 990, 0, 10, 10)
+    assert masks.zoom_window(corner) == masks.CropWindow(0, 1000 - 128, 128, 128)
+
+
+def test_zoom_window_ignores_what_is_not_masked():
+    mask = box_mask(1000, 1000, 500, 400, 100, 60)
+    mask[0, 0] = 128 / 255
+    assert masks.zoom_window(mask) == masks.CropWindow(330, 450, 200, 200)
+
+
+def test_zoom_window_refuses_nonsense():
+    mask = box_mask(64, 64, 20, 20, 8, 8)
+    with pytest.raises(PictureError, match="empty"):
+        masks.zoom_window(mask * 0)
+    bad = (("margin", -0.1), ("margin", np.nan), ("margin", np.inf), ("minimum", 0), ("feather", -1))
+    for name, value in bad:
+        with pytest.raises(ArgumentError, match=str(value)):
+            masks.zoom_window(mask, **{name: value})
