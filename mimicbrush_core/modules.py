@@ -1,0 +1,154 @@
+"""Configuration -> modules: the six networks a MimicBrush consists of, on stock diffusers/transformers classes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from importlib.resources import files
+
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from torch import nn
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
+    Dinov2Config,
+)
+
+from .attention import reading_blocks
+from .depth import DepthProjector
+from .encoders import ImageProjection
+from .errors import ModelFileError
+
+
+@dataclass
+class Modules:
+    """The networks of one MimicBrush. Field names are the part names of a single-file checkpoint."""
+
+    unet: nn.Module  # imitative U-Net, 13 input channels
+    reference_unet: nn.Module  # 4 input channels, without what follows its last bank
+    image_encoder: nn.Module  # CLIP vision model without its last layer
+    image_projection: nn.Module
+    depth_projector: nn.Module
+    vae: nn.Module
+    depth_network: nn.Module  # Depth Anything; stays float32
+
+    def items(self) -> list[tuple[str, nn.Module]]:
+        return [(field.name, getattr(self, field.name)) for field in fields(self)]
+
+
+PART_NAMES = tuple(field.name for field in fields(Modules))
+
+
+def bundled_config(name: str) -> dict:
+    """One of the configurations shipped with the package: 'mimicbrush_sd15' or 'mimicbrush_small'."""
+    return json.loads(files(__package__).joinpath("configs", f"{name}.json").read_text())
+
+
+def build_modules(config: dict) -> Modules:
+    """All networks of `config` with fresh weights (or on the device of a surrounding `torch.device`)."""
+    return Modules(**{name: build_part(name, config) for name in PART_NAMES})
+
+
+def build_part(name: str, config: dict) -> nn.Module:
+    """One network of a configuration, in evaluation mode."""
+    return _BUILDERS[name](config).eval()
+
+
+def _build_unet(config: dict) -> nn.Module:
+    return UNet2DConditionModel(**config["unet"])
+
+
+def _build_reference_unet(config: dict) -> nn.Module:
+    unet = UNet2DConditionModel(**{**config["unet"], "in_channels": 4})
+    drop_tail(unet)
+    return unet
+
+
+def drop_tail(reference_unet: nn.Module) -> None:
+    """Remove what follows the last bank, in place; for SD-1.5 exactly the 24 tensors the original omits.
+
+    The writer stops the forward pass before any of it would run (`references.write_features`).
+    """
+    last_name, last_block = list(reading_blocks(reference_unet).items())[-1]
+    # e.g. up_blocks.3.attentions.2.transformer_blocks.0
+    _, up_index, _, attention_index, *_ = last_name.split(".")
+    up_block = reference_unet.up_blocks[int(up_index)]
+    up_block.attentions[int(attention_index)].proj_out = nn.Identity()
+    for part in ("to_q", "to_k", "to_v", "to_out"):
+        setattr(last_block.attn1, part, nn.Identity())
+    for part in ("attn2", "norm2", "norm3", "ff"):
+        setattr(last_block, part, nn.Identity())
+    up_block.upsamplers = None
+    reference_unet.up_blocks = reference_unet.up_blocks[: int(up_index) + 1]
+    reference_unet.conv_norm_out = nn.Identity()
+    reference_unet.conv_out = nn.Identity()
+
+
+def _build_image_encoder(config: dict) -> nn.Module:
+    encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**config["image_encoder"]))
+    # The tokens are taken before the final LayerNorm and the projection: neither is ever used.
+    encoder.visual_projection = nn.Identity()
+    vision_model(encoder).post_layernorm = nn.Identity()
+    return encoder
+
+
+def vision_model(encoder: nn.Module) -> nn.Module:
+    """The vision transformer inside CLIPVisionModelWithProjection, wherever this transformers keeps it."""
+    return getattr(encoder, "vision_model", encoder)
+
+
+def _build_image_projection(config: dict) -> nn.Module:
+    return ImageProjection(config["image_encoder"]["hidden_size"], config["unet"]["cross_attention_dim"])
+
+
+def _build_depth_projector(config: dict) -> nn.Module:
+    return DepthProjector(**config["depth_projector"])
+
+
+def _build_depth_network(config: dict) -> nn.Module:
+    settings = config["depth_network"]
+    layers = settings["num_hidden_layers"]
+    backbone = Dinov2Config(
+        hidden_size=settings["hidden_size"],
+        num_hidden_layers=layers,
+        num_attention_heads=settings["num_attention_heads"],
+        image_size=settings["image_size"],
+        patch_size=settings["patch_size"],
+        out_indices=list(range(layers - 3, layers + 1)),  # the last four layers
+        apply_layernorm=True,
+        reshape_hidden_states=False,
+    )
+    return DepthAnythingForDepthEstimation(
+        DepthAnythingConfig(
+            backbone_config=backbone,
+            patch_size=settings["patch_size"],
+            reassemble_factors=[4, 2, 1, 0.5],
+            reassemble_hidden_size=settings["hidden_size"],
+            neck_hidden_sizes=settings["neck_hidden_sizes"],
+            fusion_hidden_size=settings["fusion_hidden_size"],
+            head_hidden_size=settings["head_hidden_size"],
+            depth_estimation_type="relative",
+        )
+    )
+
+
+def _build_vae(config: dict) -> nn.Module:
+    settings = dict(config["vae"])
+    classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    name = settings.pop("class")
+    if name not in classes:
+        raise ModelFileError(f"The configuration asks for the VAE class {name!r}; known: {', '.join(classes)}.")
+    return classes[name](**settings)
+
+
+_BUILDERS = {
+    "unet": _build_unet,
+    "reference_unet": _build_reference_unet,
+    "image_encoder": _build_image_encoder,
+    "image_projection": _build_image_projection,
+    "depth_projector": _build_depth_projector,
+    "vae": _build_vae,
+    "depth_network": _build_depth_network,
+}

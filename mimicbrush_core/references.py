@@ -1,0 +1,142 @@
+"""Writing a reference: the features a reference U-Net offers at each timestep, kept and reused.
+
+The reference U-Net runs on the *clean* (never noised) reference latents at the sampler's own timestep, with
+the reference's image tokens. What is kept is the input of the middle and upper self-attentions (the output of
+`norm1`); the imitative U-Net projects it with its own keys and values. The features depend on the reference
+and the timestep only, not on noise, source, mask or guidance: one reference serves many edits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .attention import reading_blocks
+
+DEFAULT_STORE_BYTES = 1 << 30
+"""Bound of one reference's store: 50 timesteps at 512 px take 0.7 GB in float16, 1.4 GB in float32."""
+
+
+class _AllWritten(Exception):
+    """Raised inside the reference U-Net once the last feature is written: nothing after it is needed."""
+
+
+class _WritingProcessor:
+    """Attention processor that notes its input and then computes as usual."""
+
+    def __init__(self, name: str, banks: dict[str, Tensor], processor, last: bool):
+        self.name = name
+        self.banks = banks
+        self.processor = processor
+        self.last = last
+
+    def __call__(self, attn, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        self.banks[self.name] = hidden_states  # [B,M,C], output of norm1
+        if self.last:
+            raise _AllWritten
+        return self.processor(attn, hidden_states, *args, **kwargs)
+
+
+def write_features(reference_unet: nn.Module, latents: Tensor, timesteps: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    """Run the reference U-Net and return the self-attention inputs of its middle and upper blocks.
+
+    latents [B,4,h,w] clean and scaled, timesteps [B], tokens [B,T,D]  ->  {block name: [B,M,C]}.
+    Inputs are cast to the U-Net's precision. The U-Net stops after its last bank, so its tail (24 tensors for
+    SD-1.5) is never used.
+    """
+    dtype = next(reference_unet.parameters()).dtype
+    blocks = reading_blocks(reference_unet)
+    last_name = list(blocks)[-1]
+    own_processors = {name: block.attn1.processor for name, block in blocks.items()}
+    banks: dict[str, Tensor] = {}
+    try:
+        for name, block in blocks.items():
+            block.attn1.set_processor(_WritingProcessor(name, banks, own_processors[name], last=name == last_name))
+        reference_unet(latents.to(dtype), timesteps, encoder_hidden_states=tokens.to(dtype))
+    except _AllWritten:
+        pass
+    finally:
+        for name, block in blocks.items():
+            block.attn1.set_processor(own_processors[name])
+    return banks
+
+
+@dataclass(eq=False)
+class Reference:
+    """One encoded reference picture and a bounded store of its features.
+
+    latents [1,4,h,w] clean and scaled; tokens [1,T,D]; owner: the model that encoded it.
+    store_bytes: the store's bound. What does not fit is computed again when it is asked for.
+    """
+
+    latents: Tensor
+    tokens: Tensor
+    owner: object
+    store_bytes: int = DEFAULT_STORE_BYTES
+    features_computed: int = field(default=0, init=False)
+    _store: dict[float, dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False)
+
+    def prepare(
+        self,
+        reference_unet: nn.Module,
+        timesteps: Sequence[float],
+        *,
+        at_once: int = 4,
+        on_batch: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Compute the features of all `timesteps` not yet known, some at once, as far as the store holds them.
+
+        Features of timesteps outside this schedule make room first. on_batch(done, total) is called after
+        each batch and may raise to cancel.
+        """
+        wanted = [float(t) for t in timesteps]
+        missing = [t for t in wanted if t not in self._store]
+        for start in range(0, len(missing), at_once):
+            batch = missing[start : start + at_once]
+            banks = self._write(reference_unet, batch)
+            for row, timestep in enumerate(batch):
+                # A copy, so that dropping one timestep's features frees its memory.
+                one = {name: bank[row : row + 1].clone() for name, bank in banks.items()}
+                if not self._make_room(_size_of(one), keep=wanted):
+                    return
+                self._store[timestep] = one
+            if on_batch is not None:
+                on_batch(start + len(batch), len(missing))
+
+    def banks_at(self, reference_unet: nn.Module, timestep: float) -> dict[str, Tensor]:
+        """The features of one timestep, {block name: [1,M,C]}: from the store, or computed now."""
+        known = self._store.get(float(timestep))
+        return known if known is not None else self._write(reference_unet, [float(timestep)])
+
+    def clear(self) -> None:
+        """Let all features go; they are computed again when needed."""
+        self._store.clear()
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(_size_of(banks) for banks in self._store.values())
+
+    def _write(self, reference_unet: nn.Module, timesteps: Sequence[float]) -> dict[str, Tensor]:
+        count = len(timesteps)
+        self.features_computed += count
+        with torch.no_grad():
+            return write_features(
+                reference_unet,
+                self.latents.expand(count, -1, -1, -1),
+                torch.tensor(timesteps, dtype=torch.float32, device=self.latents.device),
+                self.tokens.expand(count, -1, -1),
+            )
+
+    def _make_room(self, size: int, keep: Sequence[float]) -> bool:
+        """Whether `size` more bytes fit, after dropping (oldest first) what the schedule does not use."""
+        dispensable = [t for t in self._store if t not in keep]
+        while self.stored_bytes + size > self.store_bytes and dispensable:
+            del self._store[dispensable.pop(0)]
+        return self.stored_bytes + size <= self.store_bytes
+
+
+def _size_of(banks: dict[str, Tensor]) -> int:
+    return sum(bank.numel() * bank.element_size() for bank in banks.values())
