@@ -1,0 +1,147 @@
+"""The denoising loop, one for all systems, on diffusers' schedulers."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from torch import Tensor
+
+from .errors import ArgumentError
+
+SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "dpmpp_2m": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
+MAX_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a caller learns after each step.
+
+    step: 1..steps; timestep: the one just used; predicted_latents [B,4,h,w]: the picture as predicted now.
+    """
+
+    step: int
+    steps: int
+    timestep: float
+    predicted_latents: Tensor
+
+
+def make_scheduler(
+    config: dict,
+    name: str = "ddim",
+    steps: int | None = None,
+    *,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+):
+    """A diffusers scheduler of the model's noise schedule, with its timesteps set.
+
+    config: the model's scheduler settings (betas, spacing, prediction type).
+    Exactly one of: steps, or an explicit descending list of timesteps (0..999), or of sigmas (as k-diffusion
+    counts them, sqrt((1-a)/a), the last one being where the run ends, usually 0). Explicit lists run on
+    Euler steps, which for `ddim` is the same update in sigma space.
+
+    Raises ArgumentError for an unknown name, a step count or list value out of range, or a list that does not
+    descend.
+    """
+    if name not in SCHEDULERS:
+        raise ArgumentError(f"Unknown scheduler {name!r}. Choose one of: {', '.join(SCHEDULERS)}.")
+    if sum(given is not None for given in (steps, timesteps, sigmas)) != 1:
+        raise ArgumentError("Give exactly one of: steps, timesteps, sigmas.")
+    if steps is not None:
+        if not 1 <= steps <= MAX_STEPS:
+            raise ArgumentError(f"steps is {steps}; it must be between 1 and {MAX_STEPS}.")
+        scheduler = _build(SCHEDULERS[name], config)
+        scheduler.set_timesteps(steps)
+        return scheduler
+
+    if name not in ("ddim", "euler"):
+        raise ArgumentError(
+            f"An explicit list of timesteps or sigmas needs the scheduler 'ddim' or 'euler', not {name!r}."
+        )
+    listed = list(timesteps if timesteps is not None else sigmas)
+    label = "timesteps" if timesteps is not None else "sigmas"
+    if len(listed) < (1 if timesteps is not None else 2) or any(
+        later >= earlier for earlier, later in pairwise(listed)
+    ):
+        raise ArgumentError(f"{label} must be a descending list, got {_shorten(listed)}.")
+    largest = config["num_train_timesteps"] - 1 if timesteps is not None else math.inf
+    outside = [value for value in listed if not 0 <= value <= largest or math.isinf(value)]
+    if outside:
+        raise ArgumentError(f"{label} holds {outside[0]}; each must be finite and from 0 to {largest}.")
+    scheduler = _build(EulerDiscreteScheduler, config)
+    scheduler.set_timesteps(**{label: listed})
+    return scheduler
+
+
+def _build(scheduler_class, config: dict):
+    """Only the settings this class knows: one config serves all schedulers."""
+    known = inspect.signature(scheduler_class.__init__).parameters
+    return scheduler_class(**{key: value for key, value in config.items() if key in known})
+
+
+def _shorten(values: list) -> str:
+    return repr(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...]"
+
+
+def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
+    """Standard normal noise, one seed per picture, [len(seeds), *shape] in float32 on the CPU.
+
+    Drawn per picture and on the CPU, so a seed means the same noise on every device and in any batch.
+    """
+    return torch.stack([torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
+
+
+def denoise(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    noise: Tensor,
+    scheduler,
+    on_step: Callable[[StepInfo], None] | None = None,
+) -> Tensor:
+    """Run the scheduler from pure noise to latents.
+
+    predict(latents [B,4,h,w], timestep) -> the guided model output [B,4,h,w].
+    on_step may raise to cancel; nothing is kept then.
+    """
+    latents = noise * scheduler.init_noise_sigma
+    steps = len(scheduler.timesteps)
+    for index, timestep in enumerate(scheduler.timesteps):
+        model_input = scheduler.scale_model_input(latents, timestep)
+        output = predict(model_input, timestep)
+        latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
+        if on_step is not None:
+            predicted = predicted_original(scheduler, output, timestep, model_input)
+            on_step(StepInfo(index + 1, steps, float(timestep), predicted))
+    return latents
+
+
+def predicted_original(scheduler, output: Tensor, timestep: Tensor, model_input: Tensor) -> Tensor:
+    """The clean latents a model output stands for, [B,4,h,w].
+
+    model_input is in variance-preserving scale (`scale_model_input`), sqrt(a) x0 + sqrt(1-a) noise.
+    """
+    alpha = scheduler.alphas_cumprod[round(float(timestep))].to(model_input.device)
+    noise_share = (1 - alpha).sqrt()
+    if scheduler.config.prediction_type == "v_prediction":
+        return alpha.sqrt() * model_input - noise_share * output
+    return (model_input - noise_share * output) / alpha.sqrt()
+
+
+def guide(unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance: e_u + g (e_c - e_u)."""
+    return unconditional + guidance * (conditional - unconditional)
