@@ -1,0 +1,164 @@
+"""Key names of foreign checkpoints -> key names of the modules built here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+def image_encoder_keys(state: Mapping[str, Tensor], layers: int, like: Mapping[str, Tensor]) -> State:
+    """CLIP vision weights, original layout -> `like`, the encoder without its last layer.
+
+    Left out because never used: layer number `layers` (the last), the final LayerNorm, the projection, and the
+    `position_ids` buffer of transformers 4.25. The `vision_model.` prefix is given or taken as `like` has it.
+    """
+    unused = ("post_layernorm.", "visual_projection.", f"encoder.layers.{layers}.", "embeddings.position_ids")
+    prefix = "vision_model."
+    wants_prefix = any(key.startswith(prefix) for key in like)
+    result = {}
+    for key, value in state.items():
+        bare = key.removeprefix(prefix)
+        if not bare.startswith(unused):
+            result[prefix + bare if wants_prefix else bare] = value
+    return result
+
+
+def is_official_depth_anything(state: Mapping[str, Tensor]) -> bool:
+    return "pretrained.cls_token" in state
+
+
+def depth_anything_keys(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> State:
+    """Depth Anything v1, official layout (`pretrained.*`, `depth_head.*`) -> transformers' class.
+
+    transformers renamed DINOv2's attention in 5.x; `like` (the built module's state) tells which names it has.
+    """
+    new_names = any(".attention.q_proj." in key for key in like)
+    query_key_value = (
+        ("attention.q_proj", "attention.k_proj", "attention.v_proj")
+        if new_names
+        else ("attention.attention.query", "attention.attention.key", "attention.attention.value")
+    )
+    output = "attention.o_proj" if new_names else "attention.output.dense"
+    result: State = {}
+    for key, value in state.items():
+        qkv = re.fullmatch(r"pretrained\.blocks\.(\d+)\.attn\.qkv\.(weight|bias)", key)
+        if qkv:
+            for name, part in zip(query_key_value, value.chunk(3, dim=0), strict=True):
+                result[f"backbone.encoder.layer.{qkv[1]}.{name}.{qkv[2]}"] = part
+            continue
+        for pattern, replacement in _DEPTH_RULES:
+            renamed, count = re.subn(pattern, replacement, key)
+            if count:
+                key = renamed
+                break
+        result[_reverse_fusion_order(key).replace("ATTENTION_OUTPUT", output)] = value
+    return result
+
+
+def transformers_depth_keys(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> State:
+    """Depth Anything as transformers stores it, under its 4.x or 5.x attention names -> those of `like`."""
+    new_names = any(".attention.q_proj." in key for key in like)
+    result = {}
+    for key, value in state.items():
+        for old, new in _DEPTH_ATTENTION_NAMES:
+            key = key.replace(old, new) if new_names else key.replace(new, old)
+        result[key] = value
+    return result
+
+
+_DEPTH_ATTENTION_NAMES = [
+    (".attention.attention.query.", ".attention.q_proj."),
+    (".attention.attention.key.", ".attention.k_proj."),
+    (".attention.attention.value.", ".attention.v_proj."),
+    (".attention.output.dense.", ".attention.o_proj."),
+]
+
+
+_BLOCK = r"^pretrained\.blocks\.(\d+)\."
+_LAYER = r"backbone.encoder.layer.\1."
+_DEPTH_RULES = [
+    (r"^pretrained\.(cls_token|mask_token)$", r"backbone.embeddings.\1"),
+    (r"^pretrained\.pos_embed$", r"backbone.embeddings.position_embeddings"),
+    (r"^pretrained\.patch_embed\.proj\.", r"backbone.embeddings.patch_embeddings.projection."),
+    (_BLOCK + r"(norm[12]|mlp\.fc[12])\.", _LAYER + r"\2."),
+    (_BLOCK + r"attn\.proj\.", _LAYER + r"ATTENTION_OUTPUT."),
+    (_BLOCK + r"ls([12])\.gamma$", _LAYER + r"layer_scale\2.lambda1"),
+    (r"^pretrained\.norm\.", r"backbone.layernorm."),
+    (r"^depth_head\.projects\.(\d)\.", r"neck.reassemble_stage.layers.\1.projection."),
+    (r"^depth_head\.resize_layers\.(\d)\.", r"neck.reassemble_stage.layers.\1.resize."),
+    (r"^depth_head\.scratch\.output_conv1\.", r"head.conv1."),
+    (r"^depth_head\.scratch\.output_conv2\.0\.", r"head.conv2."),
+    (r"^depth_head\.scratch\.output_conv2\.2\.", r"head.conv3."),
+]
+
+
+def _reverse_fusion_order(key: str) -> str:
+    """`refinenet1..4` and `layer1..4_rn`: counted from one, and the fusion layers from the other end."""
+    match = re.fullmatch(r"depth_head\.scratch\.layer([1-4])_rn\.weight", key)
+    if match:
+        return f"neck.convs.{int(match[1]) - 1}.weight"
+    match = re.fullmatch(r"depth_head\.scratch\.refinenet([1-4])\.(.*)", key)
+    if match is None:
+        return key
+    rest = match[2].replace("out_conv.", "projection.")
+    rest = re.sub(r"^resConfUnit([12])\.conv([12])\.", r"residual_layer\1.convolution\2.", rest)
+    return f"neck.fusion_stage.layers.{4 - int(match[1])}.{rest}"
+
+
+def is_ldm_vae(state: Mapping[str, Tensor]) -> bool:
+    """Whether these are single-file (Stable Diffusion) VAE names rather than diffusers'."""
+    return any(key.removeprefix(_LDM_VAE_PREFIX).startswith("encoder.down.") for key in state)
+
+
+_LDM_VAE_PREFIX = "first_stage_model."
+
+
+def ldm_vae_keys(state: Mapping[str, Tensor], levels: int) -> State:
+    """Single-file VAE, with or without `first_stage_model.` -> diffusers' AutoencoderKL.
+
+    levels: the number of resolutions (4 for SD-1.5); the decoder counts them from the other end.
+    """
+    rules = [
+        (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
+        (r"\.mid\.block_([12])\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}."),
+        (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
+        (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+        (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
+        (r"^encoder\.down\.(\d)\.block\.(\d)\.", r"encoder.down_blocks.\1.resnets.\2."),
+        (r"^encoder\.down\.(\d)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
+        (r"^decoder\.up\.(\d)\.block\.(\d)\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.resnets.{m[2]}."),
+        (r"^decoder\.up\.(\d)\.upsample\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.upsamplers.0."),
+        (r"\.nin_shortcut\.", ".conv_shortcut."),
+    ]
+    result: State = {}
+    whole_model = any(key.startswith(_LDM_VAE_PREFIX) for key in state)
+    for key, value in state.items():
+        if whole_model and not key.startswith(_LDM_VAE_PREFIX):
+            continue  # the U-Net and text encoder of a full checkpoint
+        key = key.removeprefix(_LDM_VAE_PREFIX)
+        for pattern, replacement in rules:
+            key = re.sub(pattern, replacement, key)
+        if ".attentions.0.to_" in key and value.ndim == 4:  # 1x1 convolutions there, linear layers here
+            value = value[:, :, 0, 0]
+        result[key] = value
+    return {key: value for key, value in result.items() if key.startswith(_VAE_PARTS)}
+
+
+_VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+
+
+def modern_vae_keys(state: Mapping[str, Tensor]) -> State:
+    """diffusers' VAE attention under its old names (query, key, value, proj_attn) -> today's."""
+    renames = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    return {
+        re.sub(
+            r"(mid_block\.attentions\.0\.)(query|key|value|proj_attn)\.",
+            lambda m: f"{m[1]}{renames[m[2]]}.",
+            key,
+        ): value
+        for key, value in state.items()
+    }

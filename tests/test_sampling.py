@@ -1,0 +1,324 @@
+"""The denoising loop: schedulers, explicit lists, seeds, batches, guidance."""
+
+import pytest
+import torch
+
+from mimicbrush_core.errors import ArgumentError, Cancelled
+from mimicbrush_core.modules import bundled_config
+from mimicbrush_core.references import Reference
+from mimicbrush_core.sampling import (
+    SCHEDULERS,
+    denoise,
+    guide,
+    initial_noise,
+    make_scheduler,
+    predicted_original,
+)
+from mimicbrush_core.systems.mimicbrush import SourceCondition
+
+SIZE = 16
+SPREAD = 0.5
+MEAN = torch.linspace(-1, 1, 4).view(1, 4, 1, 1)
+SCHEDULES = ("mimicbrush_sd15", "mimicbrush_small")
+
+
+def schedule(name="mimicbrush_sd15", **changes):
+    return {**bundled_config(name)["scheduler"], **changes}
+
+
+def predictor(scheduler):
+    """The exact model of normally distributed pictures (MEAN, SPREAD), in the schedule's terms."""
+
+    def predict(latents, timestep):
+        alpha = scheduler.alphas_cumprod[int(timestep)]
+        noise_variance = 1 - alpha
+        gain = alpha.sqrt() * SPREAD**2 / (alpha * SPREAD**2 + noise_variance)
+        picture = MEAN + gain * (latents - alpha.sqrt() * MEAN)
+        if scheduler.config.prediction_type == "v_prediction":
+            return (alpha.sqrt() * latents - picture) / noise_variance.sqrt()
+        return (latents - alpha.sqrt() * picture) / noise_variance.sqrt()
+
+    return predict
+
+
+def run(scheduler, noise, **options):
+    return denoise(predictor(scheduler), noise, scheduler, **options)
+
+
+def noises(count=2):
+    return initial_noise(range(count), (4, 8, 8))
+
+
+# -------------------- the loop on an exact model
+
+
+@pytest.mark.parametrize("config", SCHEDULES)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_reaches_the_exact_answer(name, config):
+    # The exact flow maps noise to MEAN + SPREAD * noise.
+    noise = noises()
+    latents = run(make_scheduler(schedule(config), name, 120), noise)
+    assert (latents - (MEAN + SPREAD * noise)).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("steps", (1, 2, 7))
+def test_step_reports(name, steps):
+    scheduler, infos = make_scheduler(schedule(), name, steps), []
+    latents = run(scheduler, noises(), on_step=infos.append)
+    assert [info.step for info in infos] == list(range(1, len(scheduler.timesteps) + 1))
+    assert {info.steps for info in infos} == {len(scheduler.timesteps)}
+    assert [info.timestep for info in infos] == scheduler.timesteps.tolist()
+    assert all(info.predicted_latents.shape == latents.shape for info in infos)
+
+
+def test_cancelling_in_a_report():
+    calls = []
+
+    def cancel(info):
+        calls.append(info.step)
+        if info.step == 2:
+            raise Cancelled("stop")
+
+    with pytest.raises(Cancelled):
+        run(make_scheduler(schedule(), "ddim", 5), noises(), on_step=cancel)
+    assert calls == [1, 2]
+
+
+@pytest.mark.parametrize("config", SCHEDULES)
+@pytest.mark.parametrize("timestep", (999, 500, 1))
+def test_predicted_original_inverts_the_noising(config, timestep):
+    scheduler = make_scheduler(schedule(config), "ddim", 10)
+    picture, noise = noises()[:1], noises()[1:]
+    alpha = scheduler.alphas_cumprod[timestep]
+    noised = alpha.sqrt() * picture + (1 - alpha).sqrt() * noise
+    output = noise
+    if scheduler.config.prediction_type == "v_prediction":
+        output = alpha.sqrt() * noise - (1 - alpha).sqrt() * picture
+    found = predicted_original(scheduler, output, torch.tensor(timestep), noised)
+    assert torch.allclose(found, picture, atol=1e-4)
+
+
+# -------------------- explicit lists
+
+
+def sigma_of(scheduler, timesteps):
+    alphas = scheduler.alphas_cumprod.double()[timesteps]
+    return ((1 - alphas) / alphas).sqrt().tolist()
+
+
+@pytest.mark.parametrize("name", ("ddim", "euler"))
+def test_listed_timesteps_are_ddim(name):
+    plain = make_scheduler(schedule(set_alpha_to_one=True), "ddim", 10)
+    listed = make_scheduler(schedule(), name, timesteps=plain.timesteps.tolist())
+    assert listed.timesteps.tolist() == plain.timesteps.tolist()
+    expected = run(plain, noises())
+    assert (run(listed, noises()) - expected).abs().max() < 1e-4
+
+
+def test_listed_timesteps_end_at_no_noise():
+    # The original's DDIM ends at the first timestep's noise (set_alpha_to_one false), 3 % of the signal.
+    plain = make_scheduler(schedule(), "ddim", 10)
+    listed = make_scheduler(schedule(), "ddim", timesteps=plain.timesteps.tolist())
+    difference = (run(listed, noises()) - run(plain, noises())).abs().max()
+    assert 0 < difference < 0.03
+
+
+def test_listed_timesteps_of_the_small_model():
+    plain = make_scheduler(schedule("mimicbrush_small"), "ddim", 10)
+    listed = make_scheduler(schedule("mimicbrush_small"), "ddim", timesteps=plain.timesteps.tolist())
+    assert (run(listed, noises()) - run(plain, noises())).abs().max() < 2e-3
+
+
+def test_listed_sigmas_are_the_listed_timesteps():
+    timesteps = [981, 700, 420, 141, 20]
+    by_time = make_scheduler(schedule(), "ddim", timesteps=timesteps)
+    by_sigma = make_scheduler(schedule(), "ddim", sigmas=[*sigma_of(by_time, timesteps), 0.0])
+    assert len(by_sigma.timesteps) == 5
+    assert torch.allclose(by_sigma.timesteps.float(), by_time.timesteps.float(), atol=0.01)
+    assert torch.allclose(by_sigma.sigmas, by_time.sigmas, rtol=1e-4)
+
+
+def test_a_sigma_list_may_end_early():
+    scheduler = make_scheduler(schedule(), "euler", sigmas=[10.0, 3.0, 1.0])
+    assert len(scheduler.timesteps) == 2 and scheduler.sigmas[-1] == 1.0
+
+
+def test_lists_of_one_timestep():
+    scheduler = make_scheduler(schedule(), "ddim", timesteps=[999])
+    assert run(scheduler, noises()).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        ({"name": "heun", "steps": 5}, "heun.*ddim, euler, dpmpp_2m, unipc"),
+        ({"steps": 0}, "steps is 0.*1 and 1000"),
+        ({"steps": -3}, "steps is -3"),
+        ({"steps": 1001}, "steps is 1001"),
+        ({}, "exactly one"),
+        ({"steps": 5, "timesteps": [3, 1]}, "exactly one"),
+        ({"timesteps": [3, 1], "sigmas": [3.0, 0.0]}, "exactly one"),
+        ({"timesteps": []}, "descending"),
+        ({"timesteps": [100, 500]}, "descending.*100, 500"),
+        ({"timesteps": [500, 500]}, "descending"),
+        ({"timesteps": [1000, 500]}, "1000"),
+        ({"timesteps": [500, -1]}, "-1"),
+        ({"sigmas": [3.0]}, "descending"),
+        ({"sigmas": [0.0, 3.0]}, "descending"),
+        ({"sigmas": [3.0, -1.0]}, "-1"),
+        ({"sigmas": [3.0, float("nan"), 0.0]}, "nan"),
+        ({"sigmas": [float("inf"), 1.0, 0.0]}, "inf"),
+        ({"name": "unipc", "timesteps": [500, 1]}, "unipc"),
+        ({"name": "dpmpp_2m", "sigmas": [3.0, 0.0]}, "dpmpp_2m"),
+        ({"timesteps": list(range(20))}, r"7, \.\.\."),
+    ),
+)
+def test_refused_settings(arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        make_scheduler(schedule(), **arguments)
+
+
+# -------------------- seeds
+
+
+def test_a_seed_is_the_same_noise_alone_and_in_a_batch():
+    shape = (4, 8, 12)
+    batch = initial_noise([5, 0, 2**63 - 1, 5], shape)
+    assert batch.shape == (4, *shape) and batch.dtype == torch.float32 and batch.device.type == "cpu"
+    for seed, noise in zip((5, 0, 2**63 - 1, 5), batch, strict=True):
+        assert torch.equal(initial_noise([seed], shape)[0], noise)
+    assert not torch.equal(batch[0], batch[1])
+
+
+def test_drawing_noise_leaves_the_global_generator_alone():
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    initial_noise([5], (4, 8, 8))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_guidance_formula():
+    unconditional, conditional = noises()
+    assert torch.equal(guide(unconditional, conditional, 0.0), unconditional)
+    assert torch.allclose(guide(unconditional, conditional, 1.0), conditional, atol=1e-6)
+    expected = 5 * conditional - 4 * unconditional
+    assert torch.allclose(guide(unconditional, conditional, 5.0), expected, atol=1e-5)
+
+
+# -------------------- with the recorded networks
+
+
+@pytest.fixture(scope="module")
+def conditions(golden):
+    """A recorded condition and (latents, tokens) of a reference, cut to small latents."""
+    step = golden("step")
+
+    def cut(name):
+        return step[f"in.{name}"][:, :, :SIZE, :SIZE].contiguous()
+
+    condition = SourceCondition(cut("mask"), cut("masked_image_latents"), cut("depth_feature"))
+    return condition, cut("reference_latents"), step["in.cond_embeds"]
+
+
+@pytest.fixture
+def reference(model, conditions):
+    return Reference(*conditions[1:], owner=model)
+
+
+def sample(model, conditions, references, seeds=(3,), name="ddim", steps=3, guidance=5.0, **options):
+    scheduler = make_scheduler(model.config["scheduler"], name, steps)
+    noise = initial_noise(seeds, (4, SIZE, SIZE))
+    return model.sample(conditions[0], references, noise, scheduler, guidance, **options)
+
+
+@pytest.fixture
+def rows_seen(model):
+    """The batch sizes that the U-Net is called with."""
+    rows = []
+    hook = model.modules.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    yield rows
+    hook.remove()
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_runs_on_a_model(model, conditions, reference, name):
+    latents = sample(model, conditions, [(reference, 1.0)], name=name, steps=4)
+    assert latents.shape == (1, 4, SIZE, SIZE) and latents.isfinite().all()
+    assert 0.5 < latents.std() < 100
+
+
+def test_a_batch_equals_its_pictures(model, conditions, reference, rows_seen):
+    seeds = (3, 4, 5)
+    together = sample(model, conditions, [(reference, 1.0)], seeds)
+    assert rows_seen == [6, 6, 6]
+    for row, seed in enumerate(seeds):
+        alone = sample(model, conditions, [(reference, 1.0)], (seed,))
+        assert (together[row] - alone[0]).abs().max() <= 1e-4 * alone.abs().max()
+
+
+def test_guidance_1_evaluates_only_the_conditional_row(model, conditions, reference, rows_seen):
+    one = sample(model, conditions, [(reference, 1.0)], guidance=1.0)
+    assert rows_seen == [1, 1, 1]
+    both = sample(model, conditions, [(reference, 1.0)], guidance=1.0 + 1e-6)
+    assert rows_seen[3:] == [2, 2, 2]
+    assert (one - both).abs().max() <= 1e-4 * both.abs().max()
+
+
+def test_no_counting_reference_is_the_unconditional_prediction(model, conditions, reference, rows_seen):
+    nothing = sample(model, conditions, [])
+    ignored = sample(model, conditions, [(reference, 0.0)])
+    assert rows_seen == [1] * 6
+    assert torch.equal(nothing, ignored)
+    assert reference.features_computed == 0
+    # Guidance 0 is the unconditional row of a guided run.
+    guided = sample(model, conditions, [(reference, 1.0)], guidance=0.0)
+    assert (nothing - guided).abs().max() <= 1e-4 * guided.abs().max()
+
+
+def test_several_references(model, conditions, reference):
+    other = Reference(reference.latents.flip(-1).contiguous(), reference.tokens, owner=model)
+    one = sample(model, conditions, [(reference, 1.0)])
+    both = sample(model, conditions, [(reference, 1.0), (other, 1.0)])
+    swapped = sample(model, conditions, [(other, 1.0), (reference, 1.0)])
+    assert (one - both).abs().max() > 1e-2 * one.abs().max()
+    assert (both - swapped).abs().max() <= 1e-4 * both.abs().max()
+
+
+def test_two_samplings_share_features(model, conditions, reference):
+    first = sample(model, conditions, [(reference, 1.0)])
+    computed = reference.features_computed
+    assert computed == 3
+    assert torch.equal(sample(model, conditions, [(reference, 1.0)]), first)
+    assert reference.features_computed == computed
+
+
+def test_features_computed_on_the_way_give_the_same_result(model, conditions, reference):
+    first = sample(model, conditions, [(reference, 1.0)])
+    small = Reference(reference.latents, reference.tokens, owner=model, store_bytes=0)
+    assert (sample(model, conditions, [(small, 1.0)]) - first).abs().max() <= 1e-4 * first.abs().max()
+    assert small.stored_bytes == 0
+
+
+def test_a_cancelled_sampling_leaves_the_model_as_it_was(model, conditions, reference):
+    networks = model.modules.unet, model.modules.reference_unet
+    before = [network.attn_processors for network in networks]
+
+    def cancel(*_):
+        raise Cancelled("stop")
+
+    for stage in ("on_features", "on_step"):
+        with pytest.raises(Cancelled):
+            sample(model, conditions, [(reference, 1.0)], **{stage: cancel})
+        assert [network.attn_processors for network in networks] == before
+        reference.clear()
+
+
+def test_references_that_do_not_fit(model, conditions, reference):
+    stranger = Reference(reference.latents, reference.tokens, owner=object())
+    with pytest.raises(ArgumentError, match="another model"):
+        sample(model, conditions, [(stranger, 1.0)])
+    small = Reference(reference.latents[..., :8], reference.tokens, owner=model)
+    with pytest.raises(ArgumentError, match=r"\(16, 8\).*\(16, 16\)"):
+        sample(model, conditions, [(small, 1.0)])
