@@ -1,0 +1,94 @@
+"""Masks for training: which part of the source is cut out and has to be imitated.
+
+Every mask is bool [S,S], True = cut out. The grid is the paper's: N x N cells, N in 3..10, cells with matched
+features masked with 75 %, others with 50 % (arXiv 2406.07547, section 3.3); here a cell is matched where the
+object both frames show is in it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+SMALLEST_PART = 0.008
+"""Share of the picture below which a part is not masked on its own."""
+
+
+def draw_mask(rng: np.random.Generator, parts: np.ndarray) -> np.ndarray:
+    """A mask of a random kind for a source with part indices `parts` uint8 [S,S]; never empty."""
+    kind = rng.choice(5, p=(0.32, 0.23, 0.25, 0.1, 0.1))
+    if kind == 0:
+        mask = part_mask(parts, int(rng.choice(maskable_parts(parts))), grow=int(rng.integers(0, 4)))
+    elif kind == 1 and (parts == 0).any():  # a textured scene has no background
+        mask = object_mask(parts, grow=int(rng.integers(1, 5)))
+        if rng.random() < 0.4:
+            mask = bounding_box(mask)
+    elif kind in (1, 2):
+        mask = grid_mask(rng, parts > 0)
+    elif kind == 3:
+        mask = stroke_mask(rng, parts.shape[0])
+    else:
+        mask = bounding_box(part_mask(parts, int(rng.choice(maskable_parts(parts))), grow=2))
+    return mask if mask.any() else part_mask(parts, int(parts.max()), grow=2)
+
+
+def maskable_parts(parts: np.ndarray) -> np.ndarray:
+    """Indices of the parts that are large enough to be masked on their own."""
+    counts = np.bincount(parts.ravel(), minlength=2)
+    counts[0] = 0
+    large = np.flatnonzero(counts >= SMALLEST_PART * parts.size)
+    return large if len(large) else np.array([counts.argmax()])
+
+
+def part_mask(parts: np.ndarray, index: int, grow: int = 2) -> np.ndarray:
+    """One part, grown by some pixels."""
+    return grown(parts == index, grow)
+
+
+def object_mask(parts: np.ndarray, grow: int = 2) -> np.ndarray:
+    """The whole object, grown by some pixels."""
+    return grown(parts > 0, grow)
+
+
+def grown(mask: np.ndarray, pixels: int) -> np.ndarray:
+    if pixels == 0:
+        return mask
+    picture = Image.fromarray(mask.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(2 * pixels + 1))
+    return np.asarray(picture) > 0
+
+
+def bounding_box(mask: np.ndarray) -> np.ndarray:
+    box = np.zeros_like(mask)
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if len(rows):
+        box[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = True
+    return box
+
+
+def grid_mask(rng: np.random.Generator, matched: np.ndarray) -> np.ndarray:
+    """The paper's grid: cells holding `matched` pixels are masked with 75 %, others with 50 %."""
+    size = matched.shape[0]
+    cells = int(rng.integers(3, 11))
+    edges = np.linspace(0, size, cells + 1).round().astype(int)
+    mask = np.zeros_like(matched)
+    for top, bottom in zip(edges[:-1], edges[1:], strict=True):
+        for left, right in zip(edges[:-1], edges[1:], strict=True):
+            chance = 0.75 if matched[top:bottom, left:right].any() else 0.5
+            mask[top:bottom, left:right] = rng.random() < chance
+    return mask
+
+
+def stroke_mask(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Free-form strokes, as an artist paints them."""
+    picture = Image.new("L", (size, size))
+    draw = ImageDraw.Draw(picture)
+    for _ in range(int(rng.integers(1, 4))):
+        width = int(rng.integers(size // 12, size // 4))
+        points = [tuple(rng.uniform(0.15 * size, 0.85 * size, 2))]
+        for _ in range(int(rng.integers(2, 6))):
+            x, y = points[-1] + rng.normal(0, 0.18 * size, 2)
+            points.append((float(x), float(y)))
+        draw.line(points, fill=255, width=width, joint="curve")
+        for x, y in points:
+            draw.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), fill=255)
+    return np.asarray(picture) > 0

@@ -1,0 +1,347 @@
+"""What is learned, one class each: the autoencoder, the depth network, and imitation itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from ..attention import ReferenceFeatures, ReferenceReading
+from ..depth import estimate_depth, no_depth_map
+from ..encoders import encode_latents, image_tokens, unconditional_tokens
+from ..images import clip_pixel_values, depth_pixel_values, to_model_range
+from ..modules import Modules
+from ..references import write_features
+from .hole_masks import draw_mask, part_mask
+from .scenes import (
+    CLIP_LIKE,
+    Difficulty,
+    FramePair,
+    render_between_objects,
+    render_pair,
+    render_textured_scene,
+)
+
+
+class AutoencoderTask:
+    """Pictures through the latents and back: squared error on random crops.
+
+    Some crops carry black holes, as masked pictures do. The latents get a little noise, so that the decoder
+    forgives small errors of the sampler, and are drawn to zero mean and unit spread.
+    """
+
+    name = "autoencoder"
+    latent_noise = 0.05
+
+    def __init__(self, modules: Modules, seed: int, size: int = 128, crop: int = 64):
+        self.vae = modules.vae
+        self.learned = {"vae": modules.vae}
+        self.seed, self.size, self.crop = seed, size, crop
+
+    def loss(self, step: int, indices: list[int]) -> tuple[Tensor, dict[str, float]]:
+        device = next(self.vae.parameters()).device
+        crops = torch.cat([self._crops(index) for index in indices]).to(device)
+        latents = self.vae.encode(crops).latents.float()
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        noise = torch.randn(latents.shape, generator=generator).to(device)
+        decoded = self.vae.decode(latents + self.latent_noise * latents.detach().std() * noise).sample
+        error = F.mse_loss(decoded.float(), crops)
+        mean, spread = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+        drift = mean.square().mean() + (spread - 1).square().mean()
+        return error + 1e-3 * drift, {"psnr": float(10 * torch.log10(4 / error.detach()))}
+
+    def _crops(self, index: int) -> Tensor:
+        """A crop of each frame of one scene, [2,3,crop,crop] in [-1,1]."""
+        rng = np.random.default_rng((self.seed, 1, index))
+        render = render_textured_scene if rng.random() < 0.2 else render_pair
+        pair = render(index, self.size)
+        crops = []
+        for frame in (pair.source, pair.reference):
+            top, left = rng.integers(0, self.size - self.crop + 1, 2)
+            piece = frame[top : top + self.crop, left : left + self.crop].copy()
+            if rng.random() < 0.25:
+                y, x = rng.integers(0, self.crop - 8, 2)
+                height, width = rng.integers(8, self.crop, 2)
+                piece[y : y + height, x : x + width] = 0
+            crops.append(to_model_range(piece))
+        return torch.cat(crops)
+
+
+class DepthTask:
+    """Relative inverse depth of a frame, as the scene knows it."""
+
+    name = "depth"
+
+    def __init__(self, modules: Modules, seed: int, size: int = 128):
+        self.network = modules.depth_network
+        self.learned = {"depth_network": modules.depth_network}
+        self.seed, self.size = seed, size
+        self.input_size = modules.depth_network.config.backbone_config.image_size
+
+    def loss(self, step: int, indices: list[int]) -> tuple[Tensor, dict[str, float]]:
+        device = next(self.network.parameters()).device
+        pixels, depths = [], []
+        for index in indices:
+            rng = np.random.default_rng((self.seed, 2, index))
+            pair = (render_textured_scene if rng.random() < 0.2 else render_pair)(index, self.size)
+            second = rng.random() < 0.5
+            frame, depth = (pair.reference, pair.reference_depth) if second else (pair.source, pair.depth)
+            pixels.append(depth_pixel_values(frame, self.input_size))
+            depths.append(torch.from_numpy(np.ascontiguousarray(depth))[None, None])
+        predicted = self.network(pixel_values=torch.cat(pixels).to(device)).predicted_depth.float()
+        wanted = F.interpolate(torch.cat(depths).to(device), size=predicted.shape[-2:], mode="bilinear")[:, 0]
+        error = F.mse_loss(predicted, wanted)
+        return error, {"rmse": float(error.detach().sqrt())}
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """How the task of imitation grows, in samples seen.
+
+    identity: until then the reference is the source itself; full: from then on pairs differ as two frames of one
+    clip do (`scenes.CLIP_LIKE`), and linearly less between the two.
+    high_noise: the share of all timesteps, from the noisiest, that is trained at first: one step from noise to
+    picture is plain regression, and correspondence is learned fastest there. Later the range grows to all, but
+    `high_noise_samples` of the samples stay there.
+    between_objects, textured_scenes: their share of the scenes.
+    """
+
+    identity: int = 12_000
+    full: int = 40_000
+    high_noise: float = 0.1
+    high_noise_samples: float = 0.5
+    between_objects: float = 0.15
+    textured_scenes: float = 0.15
+
+    def progress(self, sample: int) -> float:
+        """0 while the task is identity, 1 when it is complete."""
+        return min(1.0, max(0.0, (sample - self.identity) / max(1, self.full - self.identity)))
+
+    def draw_timestep(self, rng: np.random.Generator, sample: int, count: int) -> int:
+        """A timestep of 0..count-1, more often a noisy one."""
+        spread = self.high_noise
+        if rng.random() >= self.high_noise_samples:
+            spread += (1 - spread) * self.progress(sample)
+        return min(count - 1, int(count * (1 - spread * rng.random() ** 2)))
+
+    def difficulty(self, sample: int) -> Difficulty:
+        grown = self.progress(sample)
+        return Difficulty(
+            CLIP_LIKE.pose * grown, CLIP_LIKE.light * grown, CLIP_LIKE.background * grown, CLIP_LIKE.texture
+        )
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """One rendered and encoded scene. Row 0 is the source as rendered, row 1 the reference."""
+
+    pixels: Tensor  # uint8 [2,3,S,S]
+    truths: Tensor  # [2,4,h,w] latents to be learned; differ from `latents` between objects
+    latents: Tensor  # [2,4,h,w]
+    clip_pixels: Tensor  # [2,3,s,s]
+    depths: Tensor  # [2,d,d]
+    parts: np.ndarray  # uint8 [2,S,S]
+    masked_part: int  # between objects: the part to repaint; 0 for pairs, which work both ways
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What one training sample uses of its scene."""
+
+    scene: _Scene
+    source: int  # row
+    reference: int  # row
+    mask: np.ndarray  # bool [S,S]
+    timestep: int
+    noise: np.ndarray  # float32 [4,h,w]
+    with_depth: bool
+
+
+class ImitationTask:
+    """The paper's self-supervised recipe: repaint the hole of one frame by looking at the other.
+
+    Learned: both U-Nets, image encoder, projections. Loss: the model's own prediction target (v or epsilon) on
+    the *clean* latents, weighted towards the hole. Depth is dropped for half of the samples, the reference
+    for a tenth of the steps (then tokens are unconditional and nothing is read).
+    """
+
+    name = "imitation"
+    drop_reference = 0.1
+    drop_depth = 0.5
+    outside_weight = 0.1
+
+    def __init__(
+        self,
+        modules: Modules,
+        config: dict,
+        seed: int,
+        curriculum: Curriculum | None = None,
+        scenes: int = 1024,
+        echo: int = 6,
+    ):
+        """scenes: how many are held at a time; echo: how often each is used before new ones are rendered."""
+        self.modules = modules
+        self.learned = {
+            "unet": modules.unet,
+            "reference_unet": modules.reference_unet,
+            "image_encoder": modules.image_encoder,
+            "image_projection": modules.image_projection,
+            "depth_projector": modules.depth_projector,
+        }
+        self.seed = seed
+        self.curriculum = curriculum or Curriculum()
+        self.size = config["defaults"]["size"]
+        self.clip_size = config["image_encoder"]["image_size"]
+        self.depth_size = config["depth_network"]["image_size"]
+        self.device = next(modules.unet.parameters()).device
+        self.alphas = DDIMScheduler(**config["scheduler"]).alphas_cumprod.to(self.device)
+        self.predicts_v = config["scheduler"]["prediction_type"] == "v_prediction"
+        self.scenes, self.echo = scenes, echo
+        self._pool: dict[int, _Scene] = {}
+        self._chunk = -1
+        with torch.no_grad():
+            self._no_depth = no_depth_map(modules.depth_network, self.depth_size)
+
+    # -- one step
+
+    def loss(self, step: int, indices: list[int]) -> tuple[Tensor, dict[str, float]]:
+        batch = self._draw(indices)
+        clean = self._gather(batch, lambda s: s.scene.truths[s.source])  # [B,4,h,w]
+        pixels = self._gather(batch, lambda s: s.scene.pixels[s.source])  # [B,3,S,S]
+        mask = self._gather(batch, lambda s: torch.from_numpy(s.mask))[:, None]  # [B,1,S,S]
+        noise = self._gather(batch, lambda s: torch.from_numpy(s.noise))
+        timesteps = torch.tensor([sample.timestep for sample in batch], device=self.device)
+        factor = mask.shape[-1] // clean.shape[-1]
+        latent_mask = mask[..., ::factor, ::factor].float()
+        beside = [
+            latent_mask,
+            self._hole_latents(pixels, mask),
+            self._depth_features(batch, clean.shape[-2:]),
+        ]
+
+        dropped = np.random.default_rng((self.seed, 4, step)).random() < self.drop_reference
+        predicted, wanted = self._predict(batch, clean, noise, timesteps, beside, with_reference=not dropped)
+
+        weight = self.outside_weight + latent_mask
+        error = (predicted.float() - wanted).square()
+        loss = ((weight * error).mean(dim=(1, 2, 3)) / weight.mean(dim=(1, 2, 3))).mean()
+        inside = (latent_mask * error.detach()).sum() / (latent_mask.sum() * error.shape[1]).clamp_min(1)
+        return loss, {("masked_none" if dropped else "masked_with"): float(inside)}
+
+    def _predict(self, batch, clean, noise, timesteps, beside, with_reference: bool) -> tuple[Tensor, Tensor]:
+        """The imitative U-Net's output and what it should have been, both [B,4,h,w]."""
+        modules = self.modules
+        alpha = self.alphas[timesteps][:, None, None, None]
+        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        model_input = torch.cat([noisy, *beside], dim=1)  # [B,13,h,w]
+        if with_reference:
+            clip_pixels = self._gather(batch, lambda s: s.scene.clip_pixels[s.reference])
+            latents = self._gather(batch, lambda s: s.scene.latents[s.reference])
+            tokens = image_tokens(modules.image_encoder, modules.image_projection, clip_pixels)
+            references = [ReferenceFeatures(write_features(modules.reference_unet, latents, timesteps, tokens))]
+        else:
+            tokens = unconditional_tokens(modules.image_encoder, modules.image_projection)
+            tokens = tokens.expand(len(batch), -1, -1)
+            references = []
+        with ReferenceReading(modules.unet) as reading:
+            reading.references = references
+            predicted = modules.unet(model_input, timesteps, encoder_hidden_states=tokens).sample
+        wanted = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean if self.predicts_v else noise
+        return predicted, wanted
+
+    @torch.no_grad()
+    def _hole_latents(self, pixels: Tensor, mask: Tensor) -> Tensor:
+        """Latents of the sources with black holes, [B,4,h,w]."""
+        picture = torch.where(mask, -1.0, pixels.float() / 127.5 - 1)
+        return encode_latents(self.modules.vae, picture).float()
+
+    def _depth_features(self, batch: list[_Sample], latent_size) -> Tensor:
+        """Depth features [B,4,h,w]; the samples without depth share the constant one, computed once."""
+        given = [sample.scene.depths[sample.source] for sample in batch if sample.with_depth]
+        maps = torch.cat([self._no_depth, *(depth[None].to(self.device) for depth in given)])
+        features = self.modules.depth_projector(maps, latent_size).float()
+        given_rows = iter(range(1, len(maps)))
+        return features[[next(given_rows) if sample.with_depth else 0 for sample in batch]]
+
+    def _gather(self, batch: list[_Sample], pick) -> Tensor:
+        return torch.stack([pick(sample) for sample in batch]).to(self.device)
+
+    # -- samples
+
+    def _draw(self, indices: list[int]) -> list[_Sample]:
+        """The samples with these global indices: scenes rendered once, everything else drawn afresh."""
+        wanted = [self._scene_number(index) for index in indices]
+        chunk = indices[0] // (self.scenes * self.echo)
+        if chunk != self._chunk:
+            self._pool, self._chunk = {}, chunk
+        missing = {number: index for number, index in zip(wanted, indices, strict=True) if number not in self._pool}
+        if missing:
+            self._pool.update(zip(missing, self._render(missing), strict=True))
+        return [self._draw_sample(self._pool[number], i) for number, i in zip(wanted, indices, strict=True)]
+
+    def _scene_number(self, index: int) -> int:
+        chunk, position = divmod(index, self.scenes * self.echo)
+        return chunk * self.scenes + position % self.scenes
+
+    def _draw_sample(self, scene: _Scene, index: int) -> _Sample:
+        rng = np.random.default_rng((self.seed, 3, index))
+        source = 0 if scene.masked_part else int(rng.integers(2))
+        parts = scene.parts[source]
+        if scene.masked_part:
+            mask = part_mask(parts, scene.masked_part, grow=int(rng.integers(0, 4)))
+        else:
+            mask = draw_mask(rng, parts)
+        timestep = self.curriculum.draw_timestep(rng, index, len(self.alphas))
+        noise = rng.standard_normal(scene.latents.shape[1:], dtype=np.float32)
+        with_depth = rng.random() >= self.drop_depth
+        return _Sample(scene, source, 1 - source, mask, timestep, noise, with_depth)
+
+    @torch.no_grad()
+    def _render(self, numbers: dict[int, int]) -> list[_Scene]:
+        """Render and encode scenes; numbers: {scene number: the sample index that asked first}."""
+        drawn = [self._render_one(number, index) for number, index in numbers.items()]
+        modules, pairs = self.modules, [pair for pair, _ in drawn]
+        frames = [frame for pair in pairs for frame in (pair.source, pair.reference)]
+        latents = self._encode(frames)
+        truths = latents.clone()
+        between = [n for n, (_, part) in enumerate(drawn) if part]
+        if between:
+            truths[[2 * n for n in between]] = self._encode([pairs[n].truth for n in between])
+        depth_pixels = torch.cat([depth_pixel_values(frame, self.depth_size) for frame in frames])
+        depths = estimate_depth(modules.depth_network, depth_pixels.to(self.device)).float().cpu()
+        clip_pixels = torch.cat([clip_pixel_values(frame, self.clip_size) for frame in frames])
+        pixels = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
+        scenes = []
+        for n, (pair, masked_part) in enumerate(drawn):
+            rows = slice(2 * n, 2 * n + 2)
+            parts = np.stack([pair.parts, pair.reference_parts])
+            scenes.append(
+                _Scene(
+                    pixels[rows],
+                    truths[rows],
+                    latents[rows],
+                    clip_pixels[rows],
+                    depths[rows],
+                    parts,
+                    masked_part,
+                )
+            )
+        return scenes
+
+    def _render_one(self, number: int, index: int) -> tuple[FramePair, int]:
+        """A pair and, between objects, the part to be repainted (else 0)."""
+        kind = np.random.default_rng((self.seed, 5, number)).random()
+        progress, difficulty = self.curriculum.progress(index), self.curriculum.difficulty(index)
+        if kind < self.curriculum.between_objects * progress:
+            return render_between_objects(number, self.size, difficulty)
+        if kind > 1 - self.curriculum.textured_scenes:
+            return render_textured_scene(number, self.size, replace(difficulty, texture=1.0)), 0
+        return render_pair(number, self.size, difficulty), 0
+
+    def _encode(self, frames: list[np.ndarray]) -> Tensor:
+        pixels = torch.cat([to_model_range(frame) for frame in frames]).to(self.device)
+        return encode_latents(self.modules.vae, pixels).float().cpu()

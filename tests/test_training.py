@@ -1,0 +1,206 @@
+"""The recipe: masks, curriculum, what is learned from what, and a trainer that resumes exactly."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mimicbrush_core.errors import ArgumentError
+from mimicbrush_core.modules import build_modules, bundled_config
+from mimicbrush_core.training import hole_masks, tasks
+from mimicbrush_core.training.recipe import STAGES, export, run_stage
+from mimicbrush_core.training.scenes import CLIP_LIKE, HELD_OUT_SEED, render_pair
+from mimicbrush_core.training.tasks import Curriculum, DepthTask, ImitationTask
+from mimicbrush_core.training.trainer import TrainingSettings, load_averaged, train
+
+TINY = TrainingSettings(samples=8, batch=2, warmup_steps=2, precision="fp32")
+
+
+@pytest.fixture
+def parts():
+    return render_pair(3).parts
+
+
+@pytest.fixture(scope="module")
+def modules_and_config():
+    torch.manual_seed(0)
+    config = bundled_config("mimicbrush_small")
+    return build_modules(config), config
+
+
+def imitation(modules_and_config, **options):
+    return ImitationTask(*modules_and_config, seed=0, scenes=4, echo=2, **options)
+
+
+# --- masks -------------------------------------------------------------------------------------------------
+
+
+def test_the_grid_masks_matched_cells_with_three_quarters_and_others_with_half():
+    matched = np.zeros((120, 120), bool)
+    matched[:60] = True  # 120 divides by most cell counts, so rows of cells are cleanly matched or not
+    rng = np.random.default_rng(0)
+    masks = np.stack([hole_masks.grid_mask(rng, matched) for _ in range(800)])
+    assert masks[:, :30].mean() == pytest.approx(0.75, abs=0.02)
+    assert masks[:, 90:].mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_masks_are_never_empty_and_of_every_kind(parts):
+    shares = [hole_masks.draw_mask(np.random.default_rng(seed), parts).mean() for seed in range(100)]
+    assert min(shares) > 0
+    assert np.std(shares) > 0.1
+
+
+def test_a_textured_scene_is_never_masked_whole():
+    parts = np.ones((64, 64), np.uint8)
+    parts[:32] = 2
+    assert all(not hole_masks.draw_mask(np.random.default_rng(s), parts).all() for s in range(60))
+
+
+def test_a_part_mask_covers_its_part(parts):
+    index = int(hole_masks.maskable_parts(parts)[0])
+    mask = hole_masks.part_mask(parts, index, grow=2)
+    assert mask[parts == index].all()
+    assert mask.sum() > (parts == index).sum()
+
+
+# --- imitation ---------------------------------------------------------------------------------------------
+
+
+def test_the_curriculum_goes_from_identity_to_free_pairs():
+    curriculum = Curriculum(identity=10, full=20)
+    assert curriculum.difficulty(9).pose == 0 and curriculum.difficulty(20) == CLIP_LIKE
+    assert 0 < curriculum.difficulty(15).light < CLIP_LIKE.light
+
+
+def test_timesteps_begin_at_the_top_and_half_of_them_stay_there():
+    curriculum, rng = Curriculum(identity=10, full=20), np.random.default_rng(0)
+    early = np.array([curriculum.draw_timestep(rng, 0, 1000) for _ in range(2000)])
+    late = np.array([curriculum.draw_timestep(rng, 30, 1000) for _ in range(2000)])
+    assert early.min() >= 899 and early.max() == 999
+    assert late.min() < 50 and late.max() == 999
+    assert 0.6 < (late >= 899).mean() < 0.7  # half of all, and 0.316 of the others
+
+
+def test_identity_gives_the_source_as_its_own_reference(modules_and_config):
+    task = imitation(modules_and_config, curriculum=Curriculum(identity=100, full=200))
+    for sample in task._draw([0, 1, 2, 3]):
+        assert torch.equal(sample.scene.latents[0], sample.scene.latents[1])
+
+
+def test_the_target_is_the_clean_picture_not_the_holed_one(modules_and_config):
+    task = imitation(modules_and_config)
+    (sample,) = task._draw([0])
+    expected = task._encode([np.moveaxis(sample.scene.pixels[sample.source].numpy(), 0, -1)])[0]
+    assert torch.allclose(sample.scene.truths[sample.source], expected, atol=1e-4)
+
+
+def test_the_wanted_output_is_v_of_the_clean_latents(modules_and_config):
+    task = imitation(modules_and_config)
+    batch = task._draw([0, 1])
+    clean = torch.stack([sample.scene.truths[sample.source] for sample in batch])
+    noise = torch.stack([torch.from_numpy(sample.noise) for sample in batch])
+    timesteps = torch.tensor([999, 400])
+    beside = [torch.zeros(2, 9, *clean.shape[-2:])]
+    with torch.no_grad():
+        _, wanted = task._predict(batch, clean, noise, timesteps, beside, with_reference=True)
+    assert torch.allclose(wanted[0], -clean[0], atol=1e-3)  # zero terminal SNR: pure regression
+    alpha = task.alphas[400]
+    assert torch.allclose(wanted[1], alpha.sqrt() * noise[1] - (1 - alpha).sqrt() * clean[1], atol=1e-5)
+
+
+def test_the_loss_reaches_every_learned_network(modules_and_config):
+    task = imitation(modules_and_config)
+    for module in task.learned.values():
+        module.requires_grad_(True)
+    step = next(s for s in range(20) if np.random.default_rng((0, 4, s)).random() >= task.drop_reference)
+    loss, figures = task.loss(step, [0, 1, 2, 3])
+    loss.backward()
+    assert "masked_with" in figures
+    for name, module in task.learned.items():
+        gradients = [p.grad for p in module.parameters()]
+        assert any(g is not None and g.abs().max() > 0 for g in gradients), name
+        module.zero_grad(set_to_none=True)
+    assert all(p.grad is None for p in task.modules.vae.parameters())
+
+
+def test_a_dropped_reference_is_not_read(modules_and_config, monkeypatch):
+    task = imitation(modules_and_config)
+    monkeypatch.setattr(task, "drop_reference", 1.0)
+    monkeypatch.setattr(tasks, "write_features", None)  # calling it would fail
+    _, figures = task.loss(0, [0, 1])
+    assert "masked_none" in figures
+
+
+def test_samples_depend_on_their_global_index_only(modules_and_config):
+    one = imitation(modules_and_config)._draw([2, 3])
+    two = imitation(modules_and_config)._draw([3])
+    assert np.array_equal(one[1].noise, two[0].noise) and np.array_equal(one[1].mask, two[0].mask)
+    assert torch.equal(one[1].scene.pixels, two[0].scene.pixels)
+
+
+def test_scenes_are_used_again_with_new_masks_and_then_replaced(modules_and_config):
+    task = imitation(modules_and_config)  # 4 scenes, each used twice
+    first, again, later = (task._draw([index])[0] for index in (0, 4, 8))
+    assert first.scene is again.scene and not np.array_equal(first.noise, again.noise)
+    assert not torch.equal(first.scene.pixels, later.scene.pixels)
+    assert max(task._scene_number(index) for index in range(10_000_000, 10_000_100)) < HELD_OUT_SEED
+
+
+# --- the trainer -------------------------------------------------------------------------------------------
+
+
+def depth_task():
+    torch.manual_seed(1)
+    return DepthTask(build_modules(bundled_config("mimicbrush_small")), seed=0, size=64)
+
+
+def weights(task):
+    return {k: v.clone() for module in task.learned.values() for k, v in module.state_dict().items()}
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
+    whole = depth_task()
+    train(whole, tmp_path / "whole", TINY)
+    # The same schedule, stopped after two of four steps.
+    stopped, calls = depth_task(), []
+    own_loss = stopped.loss
+
+    def loss(step, indices):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(step)
+        return own_loss(step, indices)
+
+    stopped.loss = loss
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, tmp_path / "parts", replace(TINY, checkpoint_minutes=0.0))
+    resumed = depth_task()
+    train(resumed, tmp_path / "parts", TINY)
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+    assert not list((tmp_path / "parts").glob("*.unfinished"))
+
+
+def test_the_averaged_weights_are_what_a_run_leaves_and_loads(tmp_path):
+    task = depth_task()
+    before = weights(task)
+    train(task, tmp_path, TINY)
+    fresh = depth_task()
+    assert load_averaged(tmp_path / "depth.pt", fresh.learned) == 8
+    assert all(torch.equal(value, weights(fresh)[name]) for name, value in weights(task).items())
+    assert any(not torch.equal(value, before[name]) for name, value in weights(task).items())
+
+
+def test_stages_come_in_order_and_export_a_model(tmp_path):
+    with pytest.raises(ArgumentError, match="autoencoder"):
+        run_stage("imitation", tmp_path)
+    with pytest.raises(ArgumentError, match="Unknown stage"):
+        run_stage("cooking", tmp_path)
+    for stage in STAGES:
+        run_stage(stage, tmp_path, samples=2, batch=2, precision="fp32")
+    assert export(tmp_path, tmp_path / "model.safetensors") == 2
+    from mimicbrush_core.systems.mimicbrush import MimicBrush
+
+    model = MimicBrush.load(tmp_path / "model.safetensors")
+    assert model.modules.vae.config.scaling_factor == model.config["vae"]["scaling_factor"]
