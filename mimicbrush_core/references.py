@@ -96,6 +96,9 @@ class Reference:
         missing = [t for t in wanted if t not in self._store]
         for start in range(0, len(missing), at_once):
             batch = missing[start : start + at_once]
+            known = next(iter(self._store.values()), {})  # all timesteps' features are equally large
+            if not self._make_room(_size_of(known), keep=wanted):
+                return
             banks = self._write(reference_unet, batch)
             for row, timestep in enumerate(batch):
                 # A copy, so that dropping one timestep's features frees its memory.

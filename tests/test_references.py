@@ -162,3 +162,11 @@ def test_cancelling_between_batches(unet, reference):
     reference.prepare(unet, TIMESTEPS)
     assert reference.features_computed == 5
     assert_same(reference.banks_at(unet, 981), write_at(unet, reference, 981.0))
+
+
+def test_nothing_is_computed_for_a_store_that_is_full(unet, reference, size_of_one):
+    reference.store_bytes = 2 * size_of_one
+    reference.prepare(unet, TIMESTEPS, at_once=2)
+    computed = reference.features_computed
+    reference.prepare(unet, TIMESTEPS, at_once=2)
+    assert reference.features_computed == computed == 2
