@@ -1,0 +1,209 @@
+"""A model's answers to the held-out cases: with the right reference, with a wrong one, with none.
+
+Answers are judged as decoded, before anything is pasted, at the model's own size; beside them stands the
+autoencoder's rendering of the truth, the best that any sampler could hope for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..encoders import encode_latents
+from ..errors import ArgumentError
+from ..images import to_model_range
+from ..references import Reference, write_features
+from ..sampling import initial_noise, make_scheduler
+from ..systems.mimicbrush import MimicBrush, SourceCondition
+from ..training.scenes import CLIP_LIKE, Difficulty
+from .metrics import masked_psnr, ssim
+from .track import CASES, SETS, Case, check_sets, held_out_cases
+
+KINDS = ("right", "wrong", "none", "autoencoder")
+"""What a case is answered with: its own reference, another's, nothing; and the autoencoder's bound."""
+
+PICTURED = 6
+"""From each set the pictures of this many cases, the first ones, are kept for a sheet."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Over the masked pixels: psnr in dB, at most `metrics.PSNR_CAP`; ssim -1..1."""
+
+    psnr: float
+    ssim: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One case answered. pictures: uint8 [S,S,3] for each of `KINDS`; scores: theirs."""
+
+    case: Case
+    pictures: dict[str, np.ndarray]
+    scores: dict[str, Score]
+
+
+@dataclass
+class Results:
+    """What an evaluation found, and under which settings.
+
+    model: its name. size: side of the pictures in pixels; steps, guidance, scheduler: as sampled.
+    scores: by set, one dictionary (`KINDS` -> Score) per case in order. pictured: by set, the first outcomes.
+    """
+
+    model: str
+    size: int
+    steps: int
+    guidance: float
+    scheduler: str
+    scores: dict[str, list[dict[str, Score]]] = field(default_factory=dict)
+    pictured: dict[str, list[Outcome]] = field(default_factory=dict)
+
+    def values(self, set_name: str, kind: str, metric: str = "psnr") -> np.ndarray:
+        """All cases' numbers of one kind (of `KINDS`) and metric ("psnr" or "ssim"), float64 [n]."""
+        return np.array([getattr(scores[kind], metric) for scores in self.scores[set_name]], np.float64)
+
+    def differences(self, set_name: str, kind: str, metric: str = "psnr") -> np.ndarray:
+        """Right minus `kind`, case by case, float64 [n]."""
+        return self.values(set_name, "right", metric) - self.values(set_name, kind, metric)
+
+    def add(self, outcome: Outcome) -> None:
+        """Take in the next case of its set."""
+        name = outcome.case.set_name
+        self.scores.setdefault(name, []).append(outcome.scores)
+        pictured = self.pictured.setdefault(name, [])
+        if len(pictured) < PICTURED:
+            pictured.append(outcome)
+
+
+def evaluate(
+    model: MimicBrush,
+    sets: Sequence[str] = SETS,
+    n: int = CASES,
+    steps: int | None = None,
+    guidance: float | None = None,
+    batch: int = 16,
+    on_case: Callable[[Outcome], None] | None = None,
+    difficulty: Difficulty = CLIP_LIKE,
+) -> Results:
+    """Answer and judge the first n cases (1..200) of each set of `track.SETS`.
+
+    steps, guidance: None = the model's defaults. batch: cases at a time; the U-Net then sees up to 4 x batch
+    rows, and the results do not depend on it. on_case: called after each case, in order; may raise to cancel.
+    difficulty: how far the pairs' frames are apart.
+    Depth is not given and noise has the case's index as its seed, the same for all three answers.
+    """
+    check_sets(sets, n)
+    if batch < 1:
+        raise ArgumentError(f"batch is {batch}; at least one case must be answered at a time.")
+    defaults = model.config["defaults"]
+    results = Results(
+        model=model.config.get("name", ""),
+        size=defaults["size"],
+        steps=defaults["steps"] if steps is None else steps,
+        guidance=defaults["guidance"] if guidance is None else guidance,
+        scheduler=defaults["scheduler"],
+    )
+    for set_name in sets:
+        cases = held_out_cases(set_name, n, results.size, difficulty)
+        while some := list(islice(cases, batch)):
+            for outcome in _judged(some, answer(model, some, results.steps, results.guidance)):
+                results.add(outcome)
+                if on_case is not None:
+                    on_case(outcome)
+    return results
+
+
+def answer(model: MimicBrush, cases: Sequence[Case], steps: int, guidance: float) -> dict[str, np.ndarray]:
+    """The model's unpasted pictures of B cases of its own size: {kind of `KINDS`: uint8 [B,S,S,3]}."""
+    condition = _conditions(model, cases)
+    noise = initial_noise([case.index for case in cases], tuple(condition.hole_latents.shape[1:]))
+
+    def sample(copies: int, references: list) -> Tensor:
+        scheduler = make_scheduler(model.config["scheduler"], model.config["defaults"]["scheduler"], steps)
+        repeated = _repeated(condition, copies)
+        return model.sample(repeated, references, noise.repeat(copies, 1, 1, 1), scheduler, guidance)
+
+    # Right and wrong go together: most pictures serve as both, and each is written once.
+    wanted = [case.reference for case in cases] + [case.wrong_reference for case in cases]
+    right, wrong = sample(2, [(_PictureReferences.encode(model, wanted), 1.0)]).chunk(2)
+    latents = {
+        "right": right,
+        "wrong": wrong,
+        "none": sample(1, []),
+        "autoencoder": _encode_truths(model, cases),
+    }
+    return {kind: model.decode(latents[kind]) for kind in KINDS}
+
+
+def score(picture: np.ndarray, case: Case) -> Score:
+    """Judge an answer uint8 [S,S,3] against the case's truth, within its mask."""
+    return Score(masked_psnr(picture, case.truth, case.mask), ssim(picture, case.truth, case.mask))
+
+
+def _judged(cases: Sequence[Case], answers: dict[str, np.ndarray]) -> Iterator[Outcome]:
+    for row, case in enumerate(cases):
+        pictures = {kind: answers[kind][row].copy() for kind in KINDS}  # a view would keep the whole batch
+        yield Outcome(case, pictures, {kind: score(picture, case) for kind, picture in pictures.items()})
+
+
+# --- many cases at once ------------------------------------------------------------------------------------
+
+
+def _conditions(model: MimicBrush, cases: Sequence[Case]) -> SourceCondition:
+    each = [model.encode_source(case.source, case.mask.astype(np.float32)) for case in cases]
+    return SourceCondition(
+        torch.cat([one.mask for one in each]),
+        torch.cat([one.hole_latents for one in each]),
+        torch.cat([one.depth for one in each]),
+    )
+
+
+def _repeated(condition: SourceCondition, copies: int) -> SourceCondition:
+    tensors = (condition.mask, condition.hole_latents, condition.depth)
+    return SourceCondition(*(tensor.repeat(copies, 1, 1, 1) for tensor in tensors))
+
+
+@torch.no_grad()
+def _encode_truths(model: MimicBrush, cases: Sequence[Case]) -> Tensor:
+    """Latents of the true pictures, [B,4,h,w]."""
+    pixels = torch.cat([to_model_range(case.truth) for case in cases]).to(model.device, model.dtype)
+    return encode_latents(model.modules.vae, pixels).float()
+
+
+@dataclass(eq=False)
+class _PictureReferences(Reference):
+    """A reference of its own for every row of a batch, for use with `MimicBrush.sample`.
+
+    latents [R,4,h,w] of R different pictures; tokens [B,T,D] and rows [B]: the row's tokens and its picture's
+    number. Features are written when a step asks for them, each picture once, and not kept.
+    """
+
+    rows: Tensor | None = None
+    picture_tokens: Tensor | None = None  # [R,T,D]
+
+    @classmethod
+    def encode(cls, model: MimicBrush, pictures: Sequence[np.ndarray]) -> _PictureReferences:
+        """One reference per row from pictures uint8 [H,W,3]; an array given twice is encoded once."""
+        different = list({id(picture): picture for picture in pictures}.values())
+        numbers = {id(picture): number for number, picture in enumerate(different)}
+        rows = torch.tensor([numbers[id(picture)] for picture in pictures], device=model.device)
+        encoded = [model.encode_reference(picture) for picture in different]
+        tokens = torch.cat([one.tokens for one in encoded])
+        latents = torch.cat([one.latents for one in encoded])
+        return cls(latents, tokens[rows], owner=model, rows=rows, picture_tokens=tokens)
+
+    def prepare(self, reference_unet: nn.Module, timesteps: Sequence[float], **_unused) -> None:
+        """Nothing is written ahead: every timestep is asked for once."""
+
+    def banks_at(self, reference_unet: nn.Module, timestep: float) -> dict[str, Tensor]:
+        """The features of one timestep, {block name: [B,M,C]}."""
+        timesteps = torch.full((len(self.latents),), float(timestep), device=self.latents.device)
+        with torch.no_grad():
+            banks = write_features(reference_unet, self.latents, timesteps, self.picture_tokens)
+        return {name: bank[self.rows] for name, bank in banks.items()}
