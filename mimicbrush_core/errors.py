@@ -34,6 +34,12 @@ class OutputError(MimicBrushError):
     exit_code = 5
 
 
+class DownloadError(MimicBrushError):
+    """A file cannot be fetched, or what came is not what was published."""
+
+    exit_code = 6
+
+
 class Cancelled(MimicBrushError):
     """The run was cancelled by its caller; nothing was written."""
 

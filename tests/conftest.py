@@ -128,18 +128,3 @@ def split_parts(flat):
         part, key = name.split(".", 1)
         parts.setdefault(part, {})[key] = tensor
     return parts
-
-
-def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run what takes more than half a minute")
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than half a minute; run with --slow")
-
-
-def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
