@@ -1,0 +1,489 @@
+"""Files -> modules. Safetensors, or pickles with `weights_only=True`; nothing else is ever loaded.
+
+Two layouts are read:
+
+* one `.safetensors` file that holds every part and, in its header, the configuration;
+* the original release: `mimicbrush.bin` plus a VAE and Depth Anything in files of their own. Nothing else of
+  it is needed: the base U-Nets are overwritten by `mimicbrush.bin`, and the configurations are bundled here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import keys
+from .errors import ModelFileError
+from .modules import PART_NAMES, Modules, build_part, bundled_config
+from .recognition import DEPTH, SINGLE_FILE, UNKNOWN, VAE, Kind, recognise, unwrapped
+from .weight_files import (
+    AGAIN,
+    SAFETENSORS,
+    ZIP_PICKLE,
+    SafetensorsWriter,
+    check_integrity,
+    file_format,
+    file_size,
+    is_finite,
+    is_folder,
+    read_metadata,
+    read_tensors,
+)
+
+METADATA_KEY = "mimicbrush"
+
+ORIGINAL_PART_NAMES = {
+    "unet": "unet",
+    "reference_unet": "referencenet",
+    "image_encoder": "image_encoder",
+    "image_projection": "image_proj",
+    "depth_projector": "depth_guider",
+}
+"""Our part names -> the keys of `mimicbrush.bin`."""
+
+ORIGINAL_FILES = {
+    "checkpoint": ("mimicbrush/mimicbrush.bin", "mimicbrush.bin"),
+    "vae": ("sd-vae-ft-mse", "vae"),
+    "depth": ("depth_model/depth_anything_vitb14.pth", "depth_anything_vitb14.pth", "depth_model"),
+}
+"""Where the release keeps its parts, relative to the folder; the first that exists is taken."""
+
+VAE_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+DEPTH_FILES = ("model.safetensors",)
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+
+CONFIG_VERSION = 1
+CONFIG_SECTIONS = (
+    "unet",
+    "image_encoder",
+    "depth_projector",
+    "depth_network",
+    "vae",
+    "scheduler",
+    "defaults",
+)
+
+
+def embedded_model_path() -> Path:
+    """The small model shipped inside the package."""
+    return Path(str(files(__package__).joinpath("assets", "mimicbrush_small.safetensors")))
+
+
+def load_modules(
+    path: str | os.PathLike,
+    *,
+    vae: str | os.PathLike | None = None,
+    depth: str | os.PathLike | None = None,
+    config: dict | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Modules, dict]:
+    """Load a model on the CPU; returns its modules (the depth network always float32) and configuration.
+
+    path: a single-file model, `mimicbrush.bin`, or the folder of the original release.
+    vae, depth: files or folders to use instead of the release's own: a diffusers VAE folder or a single-file
+        SD-1.5 VAE; an official Depth Anything file or a transformers folder.
+    config: for original files of other sizes than SD-1.5's.
+
+    Raises ModelFileError naming the file, the key, what was found and what was expected.
+    """
+    source = open_model(path, vae=vae, depth=depth, config=config)
+    source.check_integrity()
+    modules = {part: _filled(part, source, dtype) for part in PART_NAMES}
+    return Modules(**modules), source.config
+
+
+def save_modules(path: str | os.PathLike, modules: Modules, config: dict, dtype: torch.dtype) -> None:
+    """Write one file that loads without any other, as `SafetensorsWriter` does: whole, or not at all."""
+    tensors = {
+        f"{part}.{name}": value for part, module in modules.items() for name, value in module.state_dict().items()
+    }
+    layout = {name: (dtype, value.shape) for name, value in tensors.items()}
+    with SafetensorsWriter(path, layout, header_metadata(config)) as writer:
+        for name, value in tensors.items():
+            writer.write(name, value.detach().to("cpu", dtype))
+        writer.finish()
+
+
+def header_metadata(config: dict) -> dict[str, str]:
+    """The header entries of a single-file model."""
+    return {METADATA_KEY: json.dumps(config), "format": "pt"}
+
+
+def open_model(
+    path: str | os.PathLike, *, vae=None, depth=None, config: dict | None = None
+) -> SingleFile | OriginalFiles:
+    """The files of a model, found and recognised; no weights are read yet. Arguments as for `load_modules`."""
+    path = Path(path)
+    if not is_folder(path) and file_format(path) == SAFETENSORS:
+        return SingleFile(path)
+    return OriginalFiles(path, vae, depth, config or bundled_config("mimicbrush_sd15"))
+
+
+# --- single file -------------------------------------------------------------------------------------------
+
+
+class SingleFile:
+    """A converted model. files: {role: weight file}."""
+
+    def __init__(self, path: Path):
+        self.config = _config_of(path)
+        self.files = {"model": path}
+
+    def file_of(self, part: str) -> Path:
+        return self.files["model"]
+
+    def check_integrity(self) -> None:
+        """Nothing that would cost more than loading: `verify` compares the checksum of the whole file."""
+
+    def close(self) -> None:
+        """Nothing is kept open between parts."""
+
+    def state(self, part: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of one part under the names of `like`, memory-mapped."""
+        tensors = read_tensors(self.file_of(part), part + ".")
+        return {name.removeprefix(part + "."): value for name, value in tensors.items()}
+
+
+def _config_of(path: Path) -> dict:
+    metadata = read_metadata(path)
+    if METADATA_KEY not in metadata:
+        kind = recognise(read_tensors(path))
+        raise ModelFileError(
+            f"{path} is a safetensors file without a {METADATA_KEY!r} entry in its header, so it is not a "
+            f"MimicBrush model: {_named(kind)} Give a converted MimicBrush file, or the folder of the "
+            "original release."
+        )
+    config = _checked_config(metadata[METADATA_KEY], path)
+    stray = [name for name in read_tensors(path) if name.split(".", 1)[0] not in PART_NAMES]
+    if stray:
+        raise ModelFileError(
+            f"{path}: unexpected key {stray[0]!r} ({len(stray)} in all); keys begin with one of "
+            f"{', '.join(PART_NAMES)}. Convert or download the file again."
+        )
+    return config
+
+
+def _checked_config(text: str, path: Path) -> dict:
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelFileError(
+            f"{path}: its {METADATA_KEY!r} header entry is not valid JSON ({error}). It is damaged. {AGAIN}"
+        ) from error
+    if not isinstance(config, dict):
+        raise ModelFileError(
+            f"{path}: its {METADATA_KEY!r} header entry is a {type(config).__name__}, expected an object. It "
+            "is damaged."
+        )
+    if config.get("system") != SINGLE_FILE.name:
+        raise ModelFileError(
+            f"{path} holds the system {config.get('system')!r}; {SINGLE_FILE.name!r} was expected. This "
+            "version runs MimicBrush only."
+        )
+    if config.get("version", 1) != CONFIG_VERSION:
+        raise ModelFileError(
+            f"{path} is written in version {config['version']!r} of the format; expected {CONFIG_VERSION}. "
+            "Update this program, or convert the original files again."
+        )
+    for section in CONFIG_SECTIONS:
+        if not isinstance(config.get(section), dict):
+            raise ModelFileError(
+                f"{path}: the configuration in its header has no {section!r}; expected are "
+                f"{', '.join(CONFIG_SECTIONS)}. Convert or download the file again."
+            )
+    return config
+
+
+# --- the original release ----------------------------------------------------------------------------------
+
+
+class OriginalFiles:
+    """The files of the original release. files: {role: weight file}; config: the VAE folder's own merged in."""
+
+    def __init__(self, path: Path, vae, depth, config: dict):
+        checkpoint, vae, depth = _find_original(path, vae, depth)
+        self.files = {
+            "checkpoint": checkpoint,
+            "vae": weight_file(vae, VAE_FILES),
+            "depth": weight_file(depth, DEPTH_FILES),
+        }
+        self.config = {**config, "vae": vae_config(vae, config["vae"])}
+        check_depth_config(depth)
+        self._parts: dict | None = None
+
+    def file_of(self, part: str) -> Path:
+        return self.files[{"vae": "vae", "depth_network": "depth"}.get(part, "checkpoint")]
+
+    def check_integrity(self) -> None:
+        """Compare the checksums inside the zip pickles: damaged weights load silently otherwise."""
+        for path in self.files.values():
+            if file_format(path) == ZIP_PICKLE:
+                check_integrity(path)
+
+    def close(self) -> None:
+        """Give what was touched of the mapped checkpoint back to the system; `state` opens it again."""
+        if file_format(self.files["checkpoint"]) == ZIP_PICKLE:
+            self._parts = None
+
+    def state(self, part: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of one part under the names of `like`, memory-mapped where the format allows it."""
+        path = self.file_of(part)
+        if part == "vae":
+            return vae_state(path, self.config["vae"])
+        if part == "depth_network":
+            return depth_state(path, like)
+        if self._parts is None:
+            self._parts = read_tensors(path)
+        return original_state(self._parts, part, self.config, like, path)
+
+
+def original_state(parts: Mapping, part: str, config: dict, like: Mapping, path: Path) -> dict[str, Tensor]:
+    """One part of mimicbrush.bin under the names of `like`. parts: what the file holds."""
+    original = ORIGINAL_PART_NAMES[part]
+    state = parts.get(original)
+    if isinstance(state, Mapping) and part == "image_encoder":
+        return keys.image_encoder_keys(state, config["image_encoder"]["num_hidden_layers"], like)
+    if isinstance(state, Mapping):
+        return dict(state)
+    raise ModelFileError(
+        f"{path}: no part {original!r}; a MimicBrush checkpoint has "
+        f"{', '.join(ORIGINAL_PART_NAMES.values())}, this one has "
+        f"{', '.join(map(str, list(parts)[:8])) or 'nothing'}. {_named(recognise(parts))}"
+    )
+
+
+def _named(kind: Kind) -> str:
+    return (
+        f"it looks like {kind.title}. {kind.hint}" if kind is not UNKNOWN else "its keys are of no system known here."
+    )
+
+
+def _find_original(path: Path, vae, depth) -> tuple[Path, Path, Path]:
+    if is_folder(path):
+        folder, checkpoint = path, None
+    else:
+        folder, checkpoint = path.parent.parent if path.parent.name == "mimicbrush" else path.parent, path
+    found = {"checkpoint": checkpoint, "vae": vae, "depth": depth}
+    for role, candidates in ORIGINAL_FILES.items():
+        found[role] = Path(found[role]) if found[role] is not None else first_existing(folder, candidates)
+        if found[role] is None:
+            raise ModelFileError(
+                f"{folder} has no {role}: looked for {' and '.join(candidates)}. A MimicBrush folder holds "
+                "mimicbrush/mimicbrush.bin, sd-vae-ft-mse/ and depth_model/depth_anything_vitb14.pth."
+            )
+        if not os.path.lexists(found[role]):
+            raise ModelFileError(f"There is no {role} at {found[role]}. Check the path.")
+    return found["checkpoint"], found["vae"], found["depth"]
+
+
+def first_existing(folder: Path, candidates: tuple[str, ...]) -> Path | None:
+    """The first of these names that is there, be it a broken link (whose own error says more)."""
+    return next((folder / name for name in candidates if os.path.lexists(folder / name)), None)
+
+
+def weight_file(path: str | os.PathLike, names: tuple[str, ...]) -> Path:
+    """The file itself, or the weight file of a folder: one of `names`, or the only one there is."""
+    path = Path(path)
+    if not is_folder(path):
+        return path
+    named = first_existing(path, names)
+    inside = [file for file in sorted(path.iterdir()) if file.suffix in WEIGHT_SUFFIXES]
+    if named is None and len(inside) != 1:
+        raise ModelFileError(
+            f"{path} has no weight file: looked for {' and '.join(names)}"
+            + (f"; it has several others ({', '.join(file.name for file in inside)}). Name one." if inside else ".")
+        )
+    return named or inside[0]
+
+
+def read_json(path: Path) -> dict:
+    """A configuration beside weights; raises ModelFileError if it is anything but a JSON object."""
+    file_size(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelFileError(f"{path} is not readable JSON ({error}). {AGAIN}") from error
+    if not isinstance(content, dict):
+        raise ModelFileError(f"{path} holds a {type(content).__name__}; a JSON object was expected. {AGAIN}")
+    return content
+
+
+def vae_config(path: str | os.PathLike, expected: dict) -> dict:
+    """The configuration of a VAE file or folder: the folder's own where it has one, else `expected`."""
+    file = Path(path) / "config.json"
+    if not is_folder(path) or not os.path.lexists(file):
+        return expected
+    stored = read_json(file)
+    kind = stored.get("_class_name", "AutoencoderKL")
+    if kind != "AutoencoderKL":
+        raise ModelFileError(
+            f"{file} describes a {kind}; AutoencoderKL was expected. Give the folder of a Stable Diffusion 1.x VAE."
+        )
+    own = {key: value for key, value in stored.items() if not key.startswith("_")}
+    config = {"class": "AutoencoderKL", "scaling_factor": expected["scaling_factor"], **own}
+    if config["scaling_factor"] != expected["scaling_factor"]:
+        raise ModelFileError(
+            f"{file}: key 'scaling_factor' is {config['scaling_factor']!r}; expected "
+            f"{expected['scaling_factor']}. This is the VAE of another system (0.13025: Stable Diffusion "
+            "XL). Give a Stable Diffusion 1.x VAE."
+        )
+    return config
+
+
+def vae_state(path: Path, config: dict) -> dict[str, Tensor]:
+    """A VAE's tensors under diffusers' names, out of any layout it comes in."""
+    content = read_tensors(path)
+    kind = recognise(content)
+    if kind.use != VAE:
+        raise ModelFileError(f"{path} is {kind.title}; a Stable Diffusion 1.x VAE was expected. {kind.hint}")
+    state = unwrapped(content)
+    if keys.is_ldm_vae(state):
+        return keys.ldm_vae_keys(state, levels=len(config["block_out_channels"]))
+    return keys.modern_vae_keys(state)
+
+
+def check_depth_config(path: str | os.PathLike) -> None:
+    """Refuse a transformers folder whose weights would fit and give wrong depth: v2, or metric depth."""
+    file = Path(path) / "config.json"
+    if not is_folder(path) or not os.path.lexists(file):
+        return
+    stored = read_json(file)
+    backbone = stored.get("backbone_config")
+    backbone = backbone if isinstance(backbone, dict) else {}
+    kind, taken = stored.get("model_type", "depth_anything"), backbone.get("out_indices")
+    if kind != "depth_anything":
+        raise ModelFileError(
+            f"{file} describes a {kind!r} model; 'depth_anything' was expected. Get Depth Anything v1."
+        )
+    if stored.get("depth_estimation_type", "relative") != "relative":
+        raise ModelFileError(
+            f"{file} describes metric depth; expected relative depth. Get Depth Anything v1, base size."
+        )
+    if isinstance(taken, list) and taken and taken != list(range(taken[-1] - 3, taken[-1] + 1)):
+        raise ModelFileError(
+            f"{file}: key 'out_indices' is {taken}; expected the last four layers. This is Depth Anything "
+            "v2, whose weights fit but give another depth. Get Depth Anything v1, base size."
+        )
+
+
+def depth_state(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A depth network's tensors under the names of `like`, out of either layout."""
+    content = read_tensors(path)
+    kind = recognise(content)
+    if kind.use != DEPTH:
+        raise ModelFileError(
+            f"{path} is {kind.title}; Depth Anything v1 (depth_anything_vitb14.pth) was expected. {kind.hint}"
+        )
+    state = unwrapped(content)
+    official = keys.is_official_depth_anything(state)
+    return keys.depth_anything_keys(state, like) if official else keys.transformers_depth_keys(state, like)
+
+
+# --- filling a module --------------------------------------------------------------------------------------
+
+
+def _filled(part: str, source: SingleFile | OriginalFiles, dtype: torch.dtype) -> nn.Module:
+    """The module of one part with its weights; each weight is copied once, none is allocated before."""
+    if part == "depth_network":
+        dtype = torch.float32  # as in the original; its ReLU'd range suffers in half precision
+    path = source.file_of(part)
+    module = empty_part(part, source.config, path)
+    state = fitting_state(part, source, module.state_dict())
+    # One name at a time, so that no more than one weight exists twice.
+    filled = {name: converted(part, name, state.pop(name), dtype, path) for name in list(state)}
+    module.load_state_dict(filled, assign=True)
+    _restore_buffers(module)
+    return module.requires_grad_(False)
+
+
+def empty_part(part: str, config: dict, path: Path) -> nn.Module:
+    """One network without memory behind its weights: what its state dict should look like."""
+    try:
+        with torch.device("meta"):
+            return build_part(part, config)
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from error
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        ZeroDivisionError,
+        RuntimeError,
+    ) as error:
+        raise ModelFileError(
+            f"{path}: its configuration does not describe part {part!r} ({type(error).__name__}: {error}). {AGAIN}"
+        ) from error
+
+
+def fitting_state(part: str, source: SingleFile | OriginalFiles, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The stored tensors of one part, exactly those of `like` in name and shape, else ModelFileError."""
+    state = source.state(part, like)
+    check_fit(part, like, state, source.file_of(part))
+    return {name: state[name] for name in like}
+
+
+def converted(part: str, name: str, value: Tensor, dtype: torch.dtype, path: Path) -> Tensor:
+    """A copy of a stored weight in `dtype`; refuses NaN and infinity, stored or arising."""
+    result = value.detach().to(dtype, copy=True)
+    if is_finite(result):
+        return result
+    if is_finite(value):
+        raise ModelFileError(
+            f"{path}: in part {part!r}, key {name!r} has values up to {value.abs().max():.3g}; expected at "
+            f"most {torch.finfo(dtype).max:.3g}, the largest number of {str(dtype).removeprefix('torch.')}. "
+            "Use bf16 or fp32."
+        )
+    raise ModelFileError(
+        f"{path}: in part {part!r}, key {name!r} holds {int(value.isnan().sum())} NaN and "
+        f"{int(value.isinf().sum())} infinite of {value.numel()} values; expected finite numbers. The file "
+        f"is damaged. {AGAIN}"
+    )
+
+
+def check_fit(part: str, like: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
+    """Raises ModelFileError unless `state` has exactly the names and shapes of `like`, as plain floats."""
+    missing, extra = like.keys() - state.keys(), state.keys() - like.keys()
+    if missing or extra:
+        first = sorted(missing or extra)[0]
+        kind = "is missing" if missing else "is not expected"
+        raise ModelFileError(
+            f"{path}: in part {part!r}, key {first!r} {kind} ({len(missing)} missing, {len(extra)} "
+            f"unexpected of {len(like)}). The file is of another model or damaged: `mimicbrush verify` tells "
+            "what it is."
+        )
+    for name, value in like.items():
+        if not isinstance(state[name], Tensor):
+            raise ModelFileError(
+                f"{path}: in part {part!r}, key {name!r} is a {type(state[name]).__name__}; expected a tensor."
+            )
+        if state[name].shape != value.shape:
+            raise ModelFileError(
+                f"{path}: in part {part!r}, key {name!r} has shape {list(state[name].shape)}; expected "
+                f"{list(value.shape)}. The file is of a model of another size."
+            )
+        if not state[name].is_floating_point() or state[name].layout != torch.strided:
+            raise ModelFileError(
+                f"{path}: in part {part!r}, key {name!r} has dtype "
+                f"{str(state[name].dtype).removeprefix('torch.')} "
+                f"({str(state[name].layout).removeprefix('torch.')}); expected plain floating-point numbers. "
+                "Quantised files cannot be used: get the fp16 or fp32 one."
+            )
+
+
+def _restore_buffers(module: nn.Module) -> None:
+    """Recreate what a checkpoint does not hold: position indices, the only such buffer of these networks."""
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                continue
+            if name != "position_ids":
+                raise ModelFileError(f"{type(owner).__name__} has an unknown buffer {name!r} in this transformers.")
+            owner.register_buffer(name, torch.arange(buffer.shape[-1])[None], persistent=False)
