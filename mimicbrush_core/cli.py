@@ -1,0 +1,458 @@
+"""The command line: `mimicbrush edit | demo | train | evaluate | download | verify | convert | selfcheck`.
+
+Exit codes: 0 done, 2 a wrong setting, 3 a picture, 4 a model file, 5 the output, 6 a download, 130 cancelled;
+1 a selfcheck that failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from . import __version__
+from .errors import ArgumentError, Cancelled, MimicBrushError, ModelFileError, OutputError
+
+DTYPES = ("auto", "fp32", "fp16", "bf16")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(message)s")
+    try:
+        arguments.run(arguments)
+        return 0
+    except MimicBrushError as error:
+        print(f"mimicbrush: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("mimicbrush: cancelled, nothing was written", file=sys.stderr)
+        return Cancelled.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mimicbrush", description="Edit pictures by imitating a reference.")
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--verbose", action="store_true", help="say what is being done")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    edit = commands.add_parser("edit", help="repaint the masked region of a picture like a reference")
+    edit.add_argument("source", help="the picture to edit")
+    edit.add_argument("mask", help="white where to repaint; the picture's size")
+    edit.add_argument("reference", help="a picture that shows what it should look like; any size")
+    edit.add_argument("-o", "--output", required=True, help="the edited picture, a .png that does not exist yet")
+    edit.add_argument("--overwrite", action="store_true", help="replace existing output")
+    edit.add_argument("--grid", metavar="FILE", help="also write a labelled comparison sheet (.png)")
+    _add_model_options(edit)
+    _add_edit_options(edit)
+    edit.set_defaults(run=_edit)
+
+    demo = commands.add_parser("demo", help="edit example pictures with the embedded model; needs no download")
+    demo.add_argument("-o", "--output", default="mimicbrush-demo", help="folder for the pictures (%(default)s)")
+    _add_model_options(demo)
+    _add_edit_options(demo)
+    demo.set_defaults(run=_demo)
+
+    train = commands.add_parser("train", help="train the small model from scratch, in stages that resume")
+    train.add_argument("--folder", required=True, help="checkpoints and logs")
+    train.add_argument("--stage", help="autoencoder, depth or imitation; default: all, in this order")
+    train.add_argument("--export", metavar="FILE", help="write what is learned so far as one model file, and stop")
+    train.add_argument("--samples", type=int, help="where the stage ends (default: as the shipped model)")
+    train.add_argument("--minutes", type=float, help="stop after this time; call again to go on")
+    train.add_argument("--batch", type=int, help="samples per step, over all processes")
+    train.add_argument("--lr", type=float, help="learning rate of the matrices")
+    train.add_argument("--precision", choices=("bf16", "fp32"), help="of the forward pass (default: bf16)")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--device", default="cpu")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="measure a model on the held-out pairs")
+    evaluate.add_argument("-o", "--output", required=True, help="folder for the table, the sheet and the figures")
+    evaluate.add_argument("--cases", type=int, default=200, help="pairs per set (%(default)s)")
+    evaluate.add_argument("--steps", type=int)
+    evaluate.add_argument("--guidance", type=float)
+    evaluate.add_argument("--hard", action="store_true", help="pairs of any pose, light and background")
+    _add_model_options(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+    _add_download(commands)
+    _add_verify(commands)
+    _add_convert(commands)
+    _add_selfcheck(commands)
+    return parser
+
+
+def _add_verify(commands) -> None:
+    verify = commands.add_parser("verify", help="say what a weight file or folder is, and whether it can be used")
+    verify.add_argument("path", help="a weight file, or a folder with weights")
+    verify.add_argument("--deep", action="store_true", default=None, help="read every value (default: below 2 GB)")
+    verify.add_argument("--hash", action="store_true", help="show SHA-256, and compare it with the lock file")
+    verify.add_argument("--json", action="store_true", help="print the report for programs")
+    verify.set_defaults(run=_verify)
+
+
+def _add_convert(commands) -> None:
+    convert = commands.add_parser("convert", help="turn original files into one .safetensors that loads by itself")
+    convert.add_argument("source", help="the original's folder, mimicbrush.bin, or a single-file model")
+    convert.add_argument("-o", "--output", required=True, help="the .safetensors to write")
+    convert.add_argument("--vae", help="VAE file or folder, where it is not in the source's folder")
+    convert.add_argument("--depth", help="Depth Anything file or folder, where it is not in the source's folder")
+    convert.add_argument("--precision", default="fp16", choices=("fp16", "bf16", "fp32"), help="(%(default)s)")
+    convert.add_argument("--overwrite", action="store_true", help="replace existing output")
+    convert.set_defaults(run=_convert)
+
+
+def _add_download(commands) -> None:
+    download = commands.add_parser("download", help="fetch the released weights, from their authors")
+    download.add_argument("--into", default="MimicBrush", help="folder for the files (%(default)s)")
+    download.add_argument("--revision", help="branch, tag or commit (default: the lock file's)")
+    download.add_argument("--file", action="append", default=[], help="only this file; repeatable")
+    download.add_argument("--yes", action="store_true", help="do not ask before the download")
+    download.set_defaults(run=_download)
+
+
+def _add_selfcheck(commands) -> None:
+    check = commands.add_parser("selfcheck", help="try a model on this machine; writes one report to share")
+    check.add_argument("-o", "--output", default="mimicbrush-selfcheck", help="folder (%(default)s)")
+    check.add_argument("--size", type=int, help="side of the pictures (default: the model's)")
+    check.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
+    check.add_argument(
+        "--random",
+        nargs="?",
+        const="sd15",
+        choices=("sd15", "small"),
+        help="random weights instead of files: of the real model's size (10 GB in fp32), or small",
+    )
+    _add_model_options(check)
+    check.set_defaults(run=_selfcheck)
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="a .safetensors model, or the original's folder (default: the embedded model)")
+    parser.add_argument("--vae", help="VAE file or folder, where it is not in the model's folder")
+    parser.add_argument("--depth", help="Depth Anything file or folder, where it is not in the model's folder")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: fp16 on CUDA, else fp32")
+
+
+def _add_edit_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same picture, on every device (%(default)s)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
+    parser.add_argument("--guidance", type=float, help="1 = off (default: the model's)")
+    parser.add_argument("--scheduler", help="ddim, euler, dpmpp_2m or unipc (default: the model's)")
+    parser.add_argument("--size", type=int, help="side the model works at (default: the model's)")
+    parser.add_argument("--weight", type=float, default=1.0, help="of the reference, 0 = none (%(default)s)")
+    parser.add_argument("--keep-shape", action="store_true", help="keep the source's shape by its depth")
+    parser.add_argument("--zoom", action="store_true", help="edit a window around the mask at full resolution")
+    parser.add_argument("--margin", type=float, default=0.5, help="border of that window, relative (%(default)s)")
+    parser.add_argument("--feather", type=int, default=10, help="pixels the edit fades out over (%(default)s)")
+
+
+# --- commands ----------------------------------------------------------------------------------------------
+# Heavy imports stay inside the commands, so that --help and wrong arguments answer at once.
+
+
+def _edit(arguments: argparse.Namespace) -> None:
+    from .images import read_mask, read_picture, restore_alpha
+    from .masks import check_mask
+
+    outputs = [_checked_output(arguments.output, arguments.overwrite)]
+    if arguments.grid:
+        outputs.append(_checked_output(arguments.grid, arguments.overwrite))
+    source = read_picture(arguments.source, "source")
+    reference = read_picture(arguments.reference, "reference").over_white()
+    mask = read_mask(arguments.mask)
+    check_mask(mask, *source.rgb.shape[:2])
+
+    model = _load(arguments)
+    result = _run_edit(model, source.over_white(), mask, reference, _settings(arguments))
+    metadata = {
+        "settings": asdict(result.settings),
+        "model": model.config["name"],
+        "window": asdict(result.window),
+        "version": __version__,
+    }
+    _save(outputs[0], restore_alpha(source, result.picture, result.alpha), metadata)
+    if arguments.grid:
+        _save(outputs[1], _comparison([(source.over_white(), mask, reference, result)], ["edit"]), metadata)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from .examples import EXAMPLES
+
+    folder = Path(arguments.output)
+    _make_folder(folder)
+    model = _load(arguments)
+    rows, titles = [], []
+    for example in EXAMPLES:
+        source, mask, reference = example.render()
+        for name, picture in (("source", source), ("mask", mask), ("reference", reference)):
+            _save(folder / f"{example.name}-{name}.png", picture)
+        settings = _settings(arguments, keep_shape=arguments.keep_shape or example.keep_shape)
+        result = _run_edit(model, source, mask, reference, settings, example.title)
+        _save(folder / f"{example.name}-result.png", result.picture, {"settings": asdict(result.settings)})
+        rows.append((source, mask, reference, result))
+        titles.append(example.title)
+    _save(folder / "demo.png", _comparison(rows, titles))
+    print(f"Look at {folder / 'demo.png'}; the pictures beside it can be edited again with `mimicbrush edit`.")
+    if model.config.get("limits"):
+        print(f"About this model: {model.config['limits']}")
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from .training.recipe import STAGES, export, run_stage
+
+    folder = Path(arguments.folder)
+    if arguments.export:
+        samples = export(folder, Path(arguments.export))
+        print(f"Wrote {arguments.export} after {samples} samples of imitation.")
+        return
+    for stage in [arguments.stage] if arguments.stage else STAGES:
+        run_stage(
+            stage,
+            folder,
+            seed=arguments.seed,
+            device=arguments.device,
+            on_log=lambda record, stage=stage: print(stage, json.dumps(record), flush=True),
+            samples=arguments.samples,
+            minutes=arguments.minutes,
+            batch=arguments.batch,
+            lr=arguments.lr,
+            precision=arguments.precision,
+        )
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from .evaluation.evaluate import SETS, evaluate
+    from .evaluation.report import card_table, sheet, to_json
+    from .training.scenes import CLIP_LIKE, FULL_DIFFICULTY
+
+    folder = Path(arguments.output)
+    _make_folder(folder)
+    model = _load(arguments)
+    with tqdm(total=len(SETS) * arguments.cases, unit="pair") as bar:
+        results = evaluate(
+            model,
+            SETS,
+            arguments.cases,
+            arguments.steps,
+            arguments.guidance,
+            on_case=lambda _: bar.update(),
+            difficulty=FULL_DIFFICULTY if arguments.hard else CLIP_LIKE,
+        )
+    (folder / "table.md").write_text(card_table(results))
+    (folder / "figures.json").write_text(to_json(results))
+    sheet(results).save(folder / "sheet.png")
+    print(card_table(results))
+
+
+def _download(arguments: argparse.Namespace) -> None:
+    from .hub import download, plan_download
+
+    try:
+        with _transfer_bars() as show:
+            plan = plan_download(arguments.into, names=arguments.file, revision=arguments.revision, on_progress=show)
+        if plan.missing:
+            print(f"{plan.repository} at commit {plan.revision}:")
+            for file in plan.missing:
+                print(f"  {file.size / 1e6:10.1f} MB  {file.name}")
+            print("These files have licences of their own: see docs/licences.md and the repository's page.")
+            if not arguments.yes:
+                _ask(f"Fetch {plan.bytes_to_fetch / 1e9:.2f} GB into {plan.folder}?")
+        with _transfer_bars() as show:
+            download(plan, show)
+    except KeyboardInterrupt as error:
+        raise Cancelled("interrupted. What arrived is kept: run the same command again to go on.") from error
+    print(f"{plan.folder} is complete and verified. Use it with --model {plan.folder}")
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from .verify import describe, inspect
+
+    report = inspect(arguments.path, deep=arguments.deep, hash=arguments.hash)
+    print(report.to_json() if arguments.json else describe(report))
+    if not report.usable:
+        reason = report.problems[0] if report.problems else f"it is {report.title}. {' '.join(report.notes[:1])}"
+        raise ModelFileError(f"{arguments.path} cannot be used here: {reason}")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from .convert import convert
+    from .hub import Progress
+
+    with _transfer_bars() as show:
+        output = convert(
+            arguments.source,
+            arguments.output,
+            vae=arguments.vae,
+            depth=arguments.depth,
+            precision=arguments.precision,
+            overwrite=arguments.overwrite,
+            on_progress=lambda *step: show(Progress(Path(arguments.output).name, *step)),
+        )
+    print(f"Wrote {output} ({output.stat().st_size / 1e9:.2f} GB), checked. It loads without any other file.")
+
+
+def _selfcheck(arguments: argparse.Namespace) -> None:
+    from .selfcheck import REPORT_NAME, check_model, model_files, random_model, write_report
+
+    folder = Path(arguments.output)
+    _make_folder(folder)
+    device, dtype = _device_and_dtype(arguments)
+    if arguments.random:
+        files = {}
+        make = lambda: random_model(f"mimicbrush_{arguments.random}", device, dtype)  # noqa: E731
+    else:
+        files = model_files(arguments.model, arguments.vae, arguments.depth)
+        make = lambda: _load(arguments)  # noqa: E731
+    report = check_model(
+        make,
+        files,
+        device,
+        size=arguments.size,
+        steps=arguments.steps,
+        on_stage=lambda stage: print(stage, flush=True),
+    )
+    write_report(report, folder / REPORT_NAME)
+    for check in report.checks:
+        print(f"{'passed' if check.passed else 'FAILED'}  {check.name}: {check.detail}")
+    print(f"The report to share: {folder / REPORT_NAME}")
+    failed = [check.name for check in report.checks if not check.passed]
+    if failed:
+        raise MimicBrushError(f"{len(failed)} of {len(report.checks)} checks failed: {', '.join(failed)}.")
+
+
+# --- pieces ------------------------------------------------------------------------------------------------
+
+
+def _load(arguments: argparse.Namespace):
+    from .systems.mimicbrush import MimicBrush
+
+    device, dtype = _device_and_dtype(arguments)
+    return MimicBrush.load(arguments.model, device=device, dtype=dtype, vae=arguments.vae, depth=arguments.depth)
+
+
+def _device_and_dtype(arguments: argparse.Namespace):
+    import torch
+
+    device = _device(arguments.device)
+    half = device.startswith("cuda")
+    names = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    return device, names.get(arguments.dtype, torch.float16 if half else torch.float32)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise ArgumentError(f"Unknown device {name!r}. Use auto, cpu, cuda, cuda:N or mps.") from error
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(kind, False):
+        raise ArgumentError(f"The device {name!r} is not available on this machine. Use cpu, or auto.")
+    return name
+
+
+def _settings(arguments: argparse.Namespace, **changes):
+    from .systems.mimicbrush import EditSettings
+
+    names = ("seed", "steps", "guidance", "scheduler", "size", "weight", "keep_shape", "zoom", "margin", "feather")
+    return EditSettings(**{name: getattr(arguments, name) for name in names} | changes)
+
+
+def _run_edit(model, source, mask, reference, settings, title: str = "edit"):
+    """One edit with a progress bar."""
+    from tqdm import tqdm
+
+    bars: dict[str, tqdm] = {}
+
+    def show(progress) -> None:
+        if progress.stage not in bars:
+            bars[progress.stage] = tqdm(total=progress.total, desc=f"{title}: {progress.stage}", leave=False)
+        bars[progress.stage].update(progress.done - bars[progress.stage].n)
+
+    try:
+        return model.edit(source, mask, reference, settings, show)
+    finally:
+        for bar in bars.values():
+            bar.close()
+
+
+@contextmanager
+def _transfer_bars():
+    """Gives a function that shows a transfer's progress: one bar per file and stage."""
+    from tqdm import tqdm
+
+    bars: dict[tuple[str, str], tqdm] = {}
+
+    def show(progress) -> None:
+        key = (progress.name, progress.stage)
+        if key not in bars:
+            description = f"{progress.name}: {progress.stage}"
+            bars[key] = tqdm(total=progress.total, desc=description, unit="B", unit_scale=True, leave=False)
+        bars[key].update(progress.done - bars[key].n)
+
+    try:
+        yield show
+    finally:
+        for bar in bars.values():
+            bar.close()
+
+
+def _ask(question: str) -> None:
+    """Raises Cancelled unless the user agrees; ArgumentError where nobody can be asked."""
+    if not sys.stdin.isatty():
+        raise ArgumentError("A download has to be agreed to, and there is no terminal to ask on. Add --yes.")
+    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+        raise Cancelled("not agreed to; nothing was written.")
+
+
+def _comparison(rows, titles):
+    from .sheets import contact_sheet, show_mask
+
+    pictures = [
+        [source, show_mask(source, mask), reference, result.picture] for source, mask, reference, result in rows
+    ]
+    return contact_sheet(pictures, ["source", "mask", "reference", "result"], tile=256, titles=titles)
+
+
+def _checked_output(path: str, overwrite: bool) -> Path:
+    """Refuse an output that could not be written, before any work is done."""
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise OutputError(f"The output {path} is not a .png file; only PNG keeps the picture exact.")
+    if path.exists() and not overwrite:
+        raise OutputError(f"The output {path} exists already. Choose another name, or add --overwrite.")
+    if not path.parent.is_dir():
+        raise OutputError(f"The output folder {path.parent} does not exist. Create it first.")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"The output folder {path.parent} cannot be written to. Choose another one.")
+    return path
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"Cannot create the folder {folder}: {error.strerror}. Choose another one.") from error
+
+
+def _save(path: Path, picture, metadata: dict | None = None) -> None:
+    from .images import save_png
+
+    try:
+        save_png(path, picture, {"mimicbrush": json.dumps(metadata)} if metadata else {})
+    except OSError as error:
+        raise OutputError(f"Cannot write {path}: {error.strerror or error}.") from error

@@ -1,0 +1,219 @@
+"""The command line: the main job, its metadata, and that every wrong input ends clearly with nothing written."""
+
+import json
+import os
+import stat
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mimicbrush_core.cli import main
+from mimicbrush_core.examples import EXAMPLES
+from mimicbrush_core.images import save_png
+
+SETTING, PICTURE, MODEL, OUTPUT = 2, 3, 4, 5
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """source.png, mask.png and reference.png in a folder of their own."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    source, mask, reference = EXAMPLES[0].render(128)
+    for name, picture in (("source", source), ("mask", mask), ("reference", reference)):
+        save_png(folder / f"{name}.png", picture, {})
+    return folder
+
+
+def edit(folder, output, *options, source="source.png", mask="mask.png", reference="reference.png"):
+    inputs = [str(folder / name) for name in (source, mask, reference)]
+    return main(["edit", *inputs, "-o", str(output), "--device", "cpu", *options])
+
+
+def test_edit_writes_the_picture_its_settings_and_a_sheet(pictures, tmp_path):
+    output, grid = tmp_path / "out.png", tmp_path / "grid.png"
+    assert edit(pictures, output, "--steps", "2", "--seed", "5", "--grid", str(grid)) == 0
+    with Image.open(output) as result, Image.open(pictures / "source.png") as source:
+        assert result.size == source.size
+        note = json.loads(result.text["mimicbrush"])
+        mask = np.asarray(Image.open(pictures / "mask.png"))
+        assert (np.asarray(result)[mask > 0] != np.asarray(source)[mask > 0]).any()
+    assert note["settings"]["seed"] == 5 and note["settings"]["steps"] == 2
+    assert note["settings"]["guidance"] is not None and note["model"]
+    with Image.open(grid) as sheet:
+        assert sheet.width > 4 * 200
+
+
+def test_edit_repeats_itself(pictures, tmp_path):
+    for name in ("a.png", "b.png"):
+        assert edit(pictures, tmp_path / name, "--steps", "2") == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_transparent_source_stays_transparent(pictures, tmp_path):
+    source = Image.open(pictures / "source.png")
+    source.putalpha(77)
+    source.save(pictures / "alpha.png")
+    assert edit(pictures, tmp_path / "out.png", "--steps", "1", "--feather", "0", source="alpha.png") == 0
+    alpha = np.asarray(Image.open(tmp_path / "out.png"))[..., 3]
+    mask = np.asarray(Image.open(pictures / "mask.png"))
+    assert set(alpha[mask == 0]) == {77} and set(alpha[mask > 0]) == {255}
+
+
+def _empty_mask(folder):
+    Image.new("L", (128, 128)).save(folder / "mask.png")
+
+
+def _mask_of_another_size(folder):
+    Image.new("L", (64, 128), 255).save(folder / "mask.png")
+
+
+def _one_pixel(folder):
+    Image.new("RGB", (1, 1)).save(folder / "source.png")
+
+
+def _huge(folder):
+    Image.new("L", (20_000, 16)).save(folder / "source.png")
+
+
+def _animated(folder):
+    frames = [Image.new("RGB", (128, 128), (index * 90, 0, 0)) for index in range(3)]
+    frames[0].save(folder / "source.png", save_all=True, append_images=frames[1:])
+
+
+def _cmyk(folder):
+    Image.new("CMYK", (128, 128)).save(folder / "reference.png", format="JPEG")
+
+
+def _truncated(folder):
+    whole = (folder / "reference.png").read_bytes()
+    (folder / "reference.png").write_bytes(whole[: len(whole) // 2])
+
+
+def _missing(folder):
+    (folder / "source.png").unlink()
+
+
+def _not_a_picture(folder):
+    (folder / "mask.png").write_text("hello")
+
+
+def _nothing_inside(folder):
+    (folder / "mask.png").write_bytes(b"")
+
+
+def _a_folder(folder):
+    (folder / "source.png").unlink()
+    (folder / "source.png").mkdir()
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (_empty_mask, "mask is empty"),
+        (_mask_of_another_size, "64 x 128"),
+        (_one_pixel, "source.png"),
+        (_huge, "20000"),
+        (_animated, "source.png"),
+        (_cmyk, "CMYK"),
+        (_truncated, "reference.png"),
+        (_missing, "source.png"),
+        (_not_a_picture, "mask.png"),
+        (_nothing_inside, "mask.png"),
+        (_a_folder, "source.png"),
+    ],
+)
+def test_bad_pictures_end_clearly_and_write_nothing(pictures, tmp_path, capsys, spoil, words):
+    spoil(pictures)
+    out = tmp_path / "out"
+    out.mkdir()
+    assert edit(pictures, out / "out.png", "--steps", "1", "--grid", str(out / "grid.png")) == PICTURE
+    assert words in capsys.readouterr().err
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "options, code, words",
+    [
+        (["--scheduler", "magic"], SETTING, "magic"),
+        (["--steps", "0"], SETTING, "steps"),
+        (["--steps", "5000"], SETTING, "steps"),
+        (["--guidance", "nan"], SETTING, "guidance"),
+        (["--guidance", "-3"], SETTING, "guidance"),
+        (["--size", "100"], SETTING, "multiple"),
+        (["--seed", "-1"], SETTING, "seed"),
+        (["--weight", "-1"], SETTING, "weight"),
+        (["--feather", "-1"], SETTING, "feather"),
+        (["--margin", "-1", "--zoom"], SETTING, "margin"),
+        (["--device", "cuda:99"], SETTING, "cuda:99"),
+        (["--device", "toaster"], SETTING, "toaster"),
+        (["--model", "nowhere.safetensors"], MODEL, "nowhere.safetensors"),
+        (["--grid", "sheet.jpg"], OUTPUT, "sheet.jpg"),
+        (["--grid", "no/such/folder/sheet.png"], OUTPUT, "folder"),
+    ],
+)
+def test_bad_arguments_end_clearly_and_write_nothing(pictures, tmp_path, capsys, options, code, words):
+    out = tmp_path / "out"
+    out.mkdir()
+    assert edit(pictures, out / "out.png", *options) == code
+    assert words in capsys.readouterr().err
+    assert list(out.iterdir()) == []
+
+
+def test_outputs_are_never_overwritten_unless_asked(pictures, tmp_path, capsys):
+    output = tmp_path / "out.png"
+    output.write_text("precious")
+    assert edit(pictures, output, "--steps", "1") == OUTPUT
+    assert output.read_text() == "precious" and "--overwrite" in capsys.readouterr().err
+    assert edit(pictures, output, "--steps", "1", "--overwrite") == 0
+
+
+def test_an_output_that_is_no_png_is_refused(pictures, tmp_path):
+    assert edit(pictures, tmp_path / "out.jpg") == OUTPUT
+    assert not (tmp_path / "out.jpg").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the administrator may write everywhere")
+def test_a_read_only_folder_is_refused(pictures, tmp_path):
+    out = tmp_path / "locked"
+    out.mkdir()
+    out.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    assert edit(pictures, out / "out.png") == OUTPUT
+
+
+def test_a_full_disk_leaves_what_was_there(pictures, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out.png"
+    output.write_text("precious")
+
+    def no_space(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", no_space)
+    assert edit(pictures, output, "--steps", "1", "--overwrite") == OUTPUT
+    assert "No space left" in capsys.readouterr().err
+    assert output.read_text() == "precious" and len(list(tmp_path.glob("*.unfinished"))) == 0
+
+
+def test_an_interrupted_edit_writes_nothing(pictures, tmp_path, monkeypatch):
+    from mimicbrush_core.systems.mimicbrush import MimicBrush
+
+    def interrupt(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MimicBrush, "decode", interrupt)
+    assert edit(pictures, tmp_path / "out.png", "--steps", "1") == 130
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_demo_makes_every_example_and_a_sheet(tmp_path):
+    assert main(["demo", "-o", str(tmp_path / "demo"), "--steps", "1", "--device", "cpu"]) == 0
+    written = {path.name for path in (tmp_path / "demo").iterdir()}
+    parts = ("source", "mask", "reference", "result")
+    assert written == {"demo.png"} | {f"{e.name}-{part}.png" for e in EXAMPLES for part in parts}
+
+
+def test_a_demo_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "taken").write_text("precious")
+    assert main(["demo", "-o", str(tmp_path / "taken")]) == OUTPUT
+    assert (tmp_path / "taken").read_text() == "precious"
