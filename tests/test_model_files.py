@@ -633,6 +633,13 @@ def test_report_of_an_incomplete_release(world):
     assert len(report.problems) == 2 and "LFS" in " ".join(report.problems)
 
 
+def test_a_release_wants_the_original_checkpoint(world):
+    shutil.copy(world.file(SINGLE), world.file(CHECKPOINT))
+    report = inspect(world.folder, config=world.config)
+    assert not report.usable and "expected the checkpoint" in report.problems[0]
+    assert "'unet'" in refusal(world.folder, world.config)
+
+
 def test_report_names_missing_keys_and_every_damaged_part(world):
     def spoil(state):
         del state[UNET_SINGLE], state["vae.quant_conv.bias"]
