@@ -181,7 +181,9 @@ def test_masks_cover_what_they_are_named_after():
         hidden = [i for i in range(1, parts.max() + 1) if np.array_equal(grown(parts == i, GROW), case.mask)]
         assert len(hidden) == 1
     for case in held_out_cases("objects", 5):
-        np.testing.assert_array_equal(case.mask, grown(render_pair(case.scene_seed, difficulty=CLIP_LIKE).parts > 0, GROW))
+        np.testing.assert_array_equal(
+            case.mask, grown(render_pair(case.scene_seed, difficulty=CLIP_LIKE).parts > 0, GROW)
+        )
     for case in held_out_cases("between objects", 5):
         pair, part = render_between_objects(case.scene_seed, difficulty=CLIP_LIKE)
         np.testing.assert_array_equal(case.mask, grown(pair.parts == part, GROW))
