@@ -24,10 +24,10 @@ from .weight_files import (
     UNFINISHED,
     SafetensorsWriter,
     check_integrity,
-    file_sha256,
     file_size,
     is_finite,
     read_tensors,
+    sha256_and_check,
 )
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -127,19 +127,18 @@ def _checked_origin(model: SingleFile | OriginalFiles, report: OnProgress) -> di
 
     A converted file that is converted again keeps where it came from.
     """
-    total = 2 * sum(file_size(file) for file in model.files.values())
+    total = sum(file_size(file) for file in model.files.values())
     done = 0
 
     def count(size: int) -> None:
         nonlocal done
         done += size
-        report(HASHING, min(done, total), total)
+        report(HASHING, done, total)
 
     origin = {}
     for role, file in model.files.items():
-        check_integrity(file, count)
-        origin[role] = {"name": file.name, "bytes": file_size(file), "sha256": file_sha256(file, count)}
-    report(HASHING, total, total)
+        digest = sha256_and_check(file, count)
+        origin[role] = {"name": file.name, "bytes": file_size(file), "sha256": digest}
     if "origin" in model.config:
         origin["origin"] = model.config["origin"]
     return origin

@@ -1,7 +1,7 @@
 """Bundled example sets: source, mask and reference, rendered on the spot, so that everything runs at once.
 
-Their scenes come from seeds the embedded model was never trained on; they are the first of each kind whose
-part is large enough, not a selection of good results.
+Their scenes come from seeds the embedded model was never trained on, fixed before it was: not a selection of good
+results.
 """
 
 from __future__ import annotations

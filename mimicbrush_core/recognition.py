@@ -43,7 +43,12 @@ HEADERLESS = _mimicbrush(
     NOTHING,
     "Another program saved it again and dropped the header. Convert the original files again.",
 )
-CHECKPOINT = _mimicbrush("mimicbrush-original", "MimicBrush, original checkpoint (mimicbrush.bin)")
+CHECKPOINT = _mimicbrush(
+    "mimicbrush-original",
+    "MimicBrush, original checkpoint (mimicbrush.bin)",
+    MODEL,
+    "It needs a VAE and Depth Anything beside it, or --vae and --depth.",
+)
 RELEASE = _mimicbrush("mimicbrush-release", "MimicBrush, folder of the original release")
 UNET_PART = _mimicbrush("mimicbrush-unet", "imitative U-Net of MimicBrush (13 channels)", NOTHING, _PART_HINT)
 REFERENCE_PART = _mimicbrush("mimicbrush-referencenet", "ReferenceNet of MimicBrush", NOTHING, _PART_HINT)

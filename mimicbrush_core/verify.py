@@ -302,7 +302,8 @@ class _Inspection:
                 problems.append(str(error))
                 continue
             files.append(file)
-            if file.use != uses[role] and not file.problems:
+            wrong_kind = file.use != uses[role] or (role == "checkpoint" and file.kind != CHECKPOINT.name)
+            if wrong_kind and not file.problems:
                 problems.append(f"{file.path} is {file.title}; expected the {role}. {' '.join(file.notes)}")
             problems += file.problems
         if missing:
