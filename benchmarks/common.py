@@ -1,8 +1,7 @@
-"""What the benchmarks share: random weights without a second copy, and the facts of the machine."""
+"""What the benchmarks share: fixed random weights, and the facts of the machine."""
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import re
@@ -12,7 +11,7 @@ import diffusers
 import torch
 from torch import nn
 
-from mimicbrush_core.modules import build_part, bundled_config
+from mimicbrush_core import modules
 
 SEED = 20240611
 NARROW_CHANNELS = (32, 64, 128, 128)
@@ -21,37 +20,16 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 def model_config(small: bool) -> dict:
     """The real model's configuration, or the same topology with narrow U-Nets."""
-    config = bundled_config("mimicbrush_sd15")
+    config = modules.bundled_config("mimicbrush_sd15")
     if small:
         config["unet"] = {**config["unet"], "block_out_channels": NARROW_CHANNELS}
     return config
 
 
-def random_part(name: str, config: dict, device="cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """One network with random weights; every weight is allocated once, in its final place."""
-    with torch.device("meta"):
-        module = build_part(name, config)
-    module = nn.Module.to(module, dtype).requires_grad_(False)  # diffusers' own `to` warns needlessly
-    return module if torch.device(device).type == "meta" else _fill(module.to_empty(device=device))
-
-
-@torch.no_grad()
-def _fill(module: nn.Module) -> nn.Module:
-    """Fixed random values, in place: unit gain in every layer, so that attention is not uniform."""
-    torch.manual_seed(SEED)
-    for name, parameter in module.named_parameters():
-        if parameter.ndim > 1:
-            bound = math.sqrt(3 / math.prod(parameter.shape[1:]))
-            parameter.uniform_(-bound, bound)
-        elif name.endswith("bias"):
-            parameter.uniform_(-0.1, 0.1)
-        else:  # gains of norms and of residual branches
-            parameter.fill_(1.0)
-    for name, buffer in module.named_buffers():
-        if not name.endswith("position_ids"):
-            raise NotImplementedError(f"{type(module).__name__} has a buffer {name!r} without known content.")
-        buffer.copy_(torch.arange(buffer.shape[-1])[None])
-    return module
+def random_part(name: str, config: dict, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """One network with fixed random weights, biases among them; on "meta" without any."""
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(SEED)
+    return modules.random_part(name, config, device, dtype, generator, bias=0.1)
 
 
 def machine_facts(device: str, dtype: str, threads: int, size: int) -> dict:

@@ -20,19 +20,19 @@ from torch import Tensor, nn
 
 from . import keys
 from .errors import ModelFileError
-from .modules import PART_NAMES, Modules, build_part, bundled_config
+from .modules import PART_NAMES, Modules, build_part, bundled_config, restore_buffers
 from .recognition import DEPTH, SINGLE_FILE, UNKNOWN, VAE, Kind, recognise, unwrapped
 from .weight_files import (
     AGAIN,
     SAFETENSORS,
     ZIP_PICKLE,
+    SafetensorsFile,
     SafetensorsWriter,
     check_integrity,
     file_format,
     file_size,
     is_finite,
     is_folder,
-    read_metadata,
     read_tensors,
 )
 
@@ -132,7 +132,8 @@ class SingleFile:
     """A converted model. files: {role: weight file}."""
 
     def __init__(self, path: Path):
-        self.config = _config_of(path)
+        self._file = SafetensorsFile(path)
+        self.config = _config_of(self._file)
         self.files = {"model": path}
 
     def file_of(self, part: str) -> Path:
@@ -146,24 +147,23 @@ class SingleFile:
 
     def state(self, part: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of one part under the names of `like`, memory-mapped."""
-        tensors = read_tensors(self.file_of(part), part + ".")
+        tensors = self._file.tensors(part + ".")
         return {name.removeprefix(part + "."): value for name, value in tensors.items()}
 
 
-def _config_of(path: Path) -> dict:
-    metadata = read_metadata(path)
-    if METADATA_KEY not in metadata:
-        kind = recognise(read_tensors(path))
+def _config_of(file: SafetensorsFile) -> dict:
+    if METADATA_KEY not in file.metadata:
+        kind = recognise(file.tensors())
         raise ModelFileError(
-            f"{path} is a safetensors file without a {METADATA_KEY!r} entry in its header, so it is not a "
+            f"{file.path} is a safetensors file without a {METADATA_KEY!r} entry in its header, so it is not a "
             f"MimicBrush model: {_named(kind)} Give a converted MimicBrush file, or the folder of the "
             "original release."
         )
-    config = _checked_config(metadata[METADATA_KEY], path)
-    stray = [name for name in read_tensors(path) if name.split(".", 1)[0] not in PART_NAMES]
+    config = _checked_config(file.metadata[METADATA_KEY], file.path)
+    stray = [name for name in file.names if name.split(".", 1)[0] not in PART_NAMES]
     if stray:
         raise ModelFileError(
-            f"{path}: unexpected key {stray[0]!r} ({len(stray)} in all); keys begin with one of "
+            f"{file.path}: unexpected key {stray[0]!r} ({len(stray)} in all); keys begin with one of "
             f"{', '.join(PART_NAMES)}. Convert or download the file again."
         )
     return config
@@ -398,7 +398,7 @@ def _filled(part: str, source: SingleFile | OriginalFiles, dtype: torch.dtype) -
     # One name at a time, so that no more than one weight exists twice.
     filled = {name: converted(part, name, state.pop(name), dtype, path) for name in list(state)}
     module.load_state_dict(filled, assign=True)
-    _restore_buffers(module)
+    restore_buffers(module)
     return module.requires_grad_(False)
 
 
@@ -476,14 +476,3 @@ def check_fit(part: str, like: Mapping[str, Tensor], state: Mapping[str, Tensor]
                 f"({str(state[name].layout).removeprefix('torch.')}); expected plain floating-point numbers. "
                 "Quantised files cannot be used: get the fp16 or fp32 one."
             )
-
-
-def _restore_buffers(module: nn.Module) -> None:
-    """Recreate what a checkpoint does not hold: position indices, the only such buffer of these networks."""
-    for owner in module.modules():
-        for name, buffer in owner.named_buffers(recurse=False):
-            if not buffer.is_meta:
-                continue
-            if name != "position_ids":
-                raise ModelFileError(f"{type(owner).__name__} has an unknown buffer {name!r} in this transformers.")
-            owner.register_buffer(name, torch.arange(buffer.shape[-1])[None], persistent=False)

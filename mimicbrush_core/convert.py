@@ -22,11 +22,11 @@ from .errors import ArgumentError, ModelFileError, OutputError
 from .modules import PART_NAMES
 from .weight_files import (
     UNFINISHED,
+    SafetensorsFile,
     SafetensorsWriter,
     check_integrity,
     file_size,
     is_finite,
-    read_tensors,
     sha256_and_check,
 )
 
@@ -175,9 +175,9 @@ def _check_written(path: Path, layout: dict[str, tuple], report: OnProgress) -> 
 
     try:
         check_integrity(path, count)
+        file = SafetensorsFile(path)
         for part in PART_NAMES:
-            # Opened part by part, to give back what was touched.
-            tensors = read_tensors(path, part + ".")
+            tensors = file.tensors(part + ".")  # part by part, to give back what was touched
             expected = {name: entry for name, entry in layout.items() if name.startswith(part + ".")}
             found = {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
             if found != expected or not all(is_finite(value) for value in tensors.values()):

@@ -3,6 +3,11 @@
 The command line maps each class to an exit code (`exit_code`); a host passes the message on unchanged.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MimicBrushError(Exception):
     """Base of every error this package raises on purpose."""
@@ -44,3 +49,12 @@ class Cancelled(MimicBrushError):
     """The run was cancelled by its caller; nothing was written."""
 
     exit_code = 130
+
+
+@contextmanager
+def as_output_error(action: str, remedy: str = "") -> Iterator[None]:
+    """Turns an OSError into an OutputError: "Cannot <action>: <the system's reason>. <remedy>"."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"Cannot {action}: {error.strerror or error}. {remedy}".rstrip()) from error

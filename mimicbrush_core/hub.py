@@ -33,7 +33,7 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 from . import __version__
-from .errors import ArgumentError, DownloadError, ModelFileError, OutputError
+from .errors import ArgumentError, DownloadError, ModelFileError, OutputError, as_output_error
 
 REPOSITORY = "xichenhku/MimicBrush"
 MIRROR_PAGE = "https://www.modelscope.cn/models/xichen/MimicBrush"
@@ -290,12 +290,10 @@ def _write_lock(plan: Plan) -> None:
     }
     path = plan.folder / LOCK_NAME
     unfinished = path.with_name(path.name + ".unfinished")
-    try:
+    with as_output_error(f"write {path}", "Choose another folder."):
         plan.folder.mkdir(parents=True, exist_ok=True)
         unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.replace(unfinished, path)
-    except OSError as error:
-        raise OutputError(f"Cannot write {path}: {error.strerror or error}. Choose another folder.") from error
 
 
 def _check_against_lock(folder: Path, locked_revision, locked, commit: str, published) -> None:
@@ -406,10 +404,8 @@ class _Hub:
     def fetch(self, file: RemoteFile, revision: str, report: OnProgress) -> None:
         """Bring one file into the folder, from where its .part ends."""
         path, part = self.folder / file.name, _part(self.folder, file)
-        try:
+        with as_output_error(f"create {path.parent}"):
             path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"Cannot create {path.parent}: {error.strerror or error}.") from error
         address = f"{self._endpoint}/{self.repository}/resolve/{revision}/{quote(file.name)}"
         furthest = _size_of(part)
 
@@ -427,10 +423,8 @@ class _Hub:
                 "Run the same command again; if it happens again, something between here and the hub changes "
                 "files."
             )
-        try:
+        with as_output_error(f"rename {part} to {path}"):
             os.replace(part, path)
-        except OSError as error:
-            raise OutputError(f"Cannot rename {part} to {path}: {error.strerror or error}.") from error
 
     def _receive(self, file: RemoteFile, address: str, part: Path, report: OnProgress) -> None:
         """One try: append to the .part what the server sends."""
@@ -593,21 +587,14 @@ def _read(response, size: int) -> bytes:
 
 
 def _opened(part: Path, mode: str):
-    try:
+    with as_output_error(f"write {part}"):
         return part.open(mode)
-    except OSError as error:
-        raise OutputError(f"Cannot write {part}: {error.strerror or error}.") from error
 
 
 def _write(out, chunk: bytes, part: Path) -> None:
-    try:
+    with as_output_error(f"write {part}", "What has arrived is kept: make room and run the same command again."):
         out.write(chunk)
         out.flush()
-    except OSError as error:
-        raise OutputError(
-            f"Cannot write {part}: {error.strerror or error}. What has arrived is kept: make room and run "
-            "the same command again."
-        ) from error
 
 
 def _check_space(plan: Plan) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, fields
 from importlib.resources import files
 
+import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
@@ -54,6 +56,53 @@ def build_modules(config: dict) -> Modules:
 def build_part(name: str, config: dict) -> nn.Module:
     """One network of a configuration, in evaluation mode."""
     return _BUILDERS[name](config).eval()
+
+
+def random_part(
+    name: str,
+    config: dict,
+    device: str,
+    dtype: torch.dtype,
+    generator: torch.Generator | None,
+    bias: float = 0.0,
+) -> nn.Module:
+    """One network with random weights, frozen; each is allocated once, in its final place.
+
+    generator: on `device`; None for "meta", where nothing is drawn. bias: how far biases may be from 0.
+    """
+    with torch.device("meta"):
+        module = build_part(name, config)
+    weights = {
+        key: _random_weight(key, torch.empty(weight.shape, dtype=dtype, device=device), generator, bias)
+        for key, weight in module.named_parameters()
+    }
+    module.load_state_dict(weights, assign=True)
+    restore_buffers(module, device)
+    return module.requires_grad_(False)
+
+
+def _random_weight(key: str, weight: Tensor, generator: torch.Generator | None, bias: float) -> Tensor:
+    if weight.ndim > 1:  # unit gain in every layer, so that attention is not uniform
+        bound = math.sqrt(3 / math.prod(weight.shape[1:]))
+        return weight.uniform_(-bound, bound, generator=generator)
+    if not key.endswith("bias"):  # gains of norms and of residual branches
+        return weight.fill_(1.0)
+    return weight.uniform_(-bias, bias, generator=generator) if bias else weight.zero_()
+
+
+def restore_buffers(module: nn.Module, device: str = "cpu") -> None:
+    """Recreate what a checkpoint does not hold: position indices, the only such buffer of these networks.
+
+    For a module that was built on the meta device and then given its weights. Raises ModelFileError for a
+    buffer of unknown content.
+    """
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                continue
+            if name != "position_ids":
+                raise ModelFileError(f"{type(owner).__name__} has an unknown buffer {name!r} in this transformers.")
+            owner.register_buffer(name, torch.arange(buffer.shape[-1], device=device)[None], persistent=False)
 
 
 def _build_unet(config: dict) -> nn.Module:

@@ -15,8 +15,8 @@ import stat
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import ModelFileError, OutputError
+from .errors import ModelFileError, OutputError, as_output_error
 
 SAFETENSORS, ZIP_PICKLE, OLD_PICKLE = "safetensors", "zip pickle", "old pickle"
 CHECKSUM_KEY = "sha256"
@@ -140,8 +140,8 @@ def _unreachable(path, error: Exception) -> str:
 # --- reading -----------------------------------------------------------------------------------------------
 
 
-def read_tensors(path: str | os.PathLike, prefix: str = "") -> dict:
-    """The tensors of a safetensors file (those whose name begins with `prefix`), or what a pickle holds.
+def read_tensors(path: str | os.PathLike) -> dict:
+    """The tensors of a safetensors file, or what a pickle holds.
 
     Memory-mapped: a tensor costs memory when it is touched. Pickles in the format before torch 1.6 cannot be
     mapped and are read whole. Nothing inside a pickle is ever executed (`weights_only=True`).
@@ -151,12 +151,7 @@ def read_tensors(path: str | os.PathLike, prefix: str = "") -> dict:
     path = Path(path)
     kind = file_format(path)
     if kind == SAFETENSORS:
-        names = check_header(path)
-        try:
-            with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
-        except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            raise ModelFileError(f"{path}: its safetensors header is damaged ({error}). {AGAIN}") from error
+        return SafetensorsFile(path).tensors()
     if kind == ZIP_PICKLE:
         _check_zip(path)
     try:
@@ -182,13 +177,36 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     return _header(Path(path)).get("__metadata__") or {} if file_format(path) == SAFETENSORS else {}
 
 
-def check_header(path: Path) -> list[str]:
-    """The tensor names of a safetensors file whose header is sound and fits the file's size."""
-    header = _header(path)
-    names = [name for name in header if name != "__metadata__"]
-    entries = [header[name] for name in names]
+class SafetensorsFile:
+    """A safetensors file whose header is sound and fits the file's size; it is parsed once, here.
+
+    path: what `file_format` calls SAFETENSORS. metadata: the header's free entries; names: of the tensors.
+    Raises ModelFileError: cut off or damaged.
+    """
+
+    def __init__(self, path: Path):
+        header = _header(path)
+        self.path = path
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        self.names = list(header)
+        _check_extent(path, header)
+
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """Those whose name begins with `prefix`, memory-mapped.
+
+        Mapped anew by each call: what was touched goes back to the system with the last of them.
+        """
+        try:
+            with safe_open(self.path, "pt") as file:
+                return {name: file.get_tensor(name) for name in self.names if name.startswith(prefix)}
+        except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise ModelFileError(f"{self.path}: its safetensors header is damaged ({error}). {AGAIN}") from error
+
+
+def _check_extent(path: Path, entries: Mapping[str, dict]) -> None:
+    """Raises ModelFileError unless the file ends where its last tensor does. entries: {tensor name: header entry}."""
     try:
-        end = max((entry["data_offsets"][1] for entry in entries), default=0)
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         if not isinstance(end, int):
             raise TypeError(f"data_offsets {end!r}")
     except (KeyError, IndexError, TypeError) as error:
@@ -207,7 +225,6 @@ def check_header(path: Path) -> list[str]:
             f"{path} has {given - expected} bytes too many: {given}, expected {expected} by its header. It "
             f"is damaged or two files were joined. {AGAIN}"
         )
-    return names
 
 
 def _data_start(path: Path) -> int:
@@ -434,7 +451,7 @@ class SafetensorsWriter:
         self.written = 0
 
     def __enter__(self) -> SafetensorsWriter:
-        with _as_output_error(self.path):
+        with self._writing():
             self.unfinished.unlink(missing_ok=True)
             self._check_space()
             self._file = open(self.unfinished, "xb")
@@ -467,7 +484,7 @@ class SafetensorsWriter:
         if self._count != len(self._layout):
             raise ValueError(f"{len(self._layout) - self._count} tensors of the layout were not written")
         digits = self._digest.hexdigest().encode()
-        with _as_output_error(self.path):
+        with self._writing():
             self._file.seek(0)
             self._file.write(self._zero_header.replace(b"0" * 64, digits, 1))
             self._file.flush()
@@ -475,14 +492,18 @@ class SafetensorsWriter:
             self._file.close()
         if check:
             check(self.unfinished)
-        with _as_output_error(self.path):
+        with self._writing():
             os.replace(self.unfinished, self.path)
             _sync_folder(self.path.parent)
 
     def _put(self, content) -> None:
-        with _as_output_error(self.path):
+        with self._writing():
             self._file.write(content)
         self.written += len(content)
+
+    def _writing(self) -> AbstractContextManager[None]:
+        remedy = "Nothing was changed there; choose another place or free some space."
+        return as_output_error(f"write the model to {self.path}", remedy)
 
     def _check_space(self) -> None:
         free = shutil.disk_usage(self.path.parent).free
@@ -512,18 +533,6 @@ def _encode_header(layout: Mapping, metadata: Mapping[str, str]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-@contextmanager
-def _as_output_error(path: Path) -> Iterator[None]:
-    """Turns an OSError into an OutputError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"Cannot write the model to {path}: {error.strerror or error}. Nothing was changed there; choose "
-            "another place or free some space."
-        ) from error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from model_files import World, write_micro
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -89,6 +90,20 @@ def alt_unets():
     unet.load_state_dict({key: value.float() for key, value in parts["unet"].items()})
     reference_unet.load_state_dict({key: value.float() for key, value in parts["referencenet"].items()})
     return unet.eval().requires_grad_(False), reference_unet.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def micro(tmp_path_factory):
+    """(folder, configuration) of the micro model. Read only: a test that spoils files takes `world`."""
+    folder = tmp_path_factory.mktemp("micro") / "MimicBrush"
+    return folder, write_micro(folder)
+
+
+@pytest.fixture
+def world(micro, tmp_path):
+    """A copy of the micro model, in a folder of its own: `World.snapshot` looks at all that lies beside it."""
+    folder, config = micro
+    return World(shutil.copytree(folder, tmp_path / "world" / "MimicBrush"), config, tmp_path / "executed")
 
 
 def tiny_config():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_files import CHECKPOINT, DEPTH, SINGLE, UNET_KEY, VAE, VAE_FOLDER, World, flip, write_micro
+from model_files import CHECKPOINT, DEPTH, SINGLE, UNET_KEY, VAE, VAE_FOLDER, flip
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -26,18 +26,6 @@ from mimicbrush_core.verify import inspect
 from mimicbrush_core.weight_files import CHECKSUM_KEY, SafetensorsWriter, check_integrity, file_sha256
 
 OLD = b"what was there before"
-
-
-@pytest.fixture(scope="session")
-def micro(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("micro") / "MimicBrush"
-    return folder, write_micro(folder)
-
-
-@pytest.fixture
-def world(micro, tmp_path):
-    folder, config = micro
-    return World(shutil.copytree(folder, tmp_path / "MimicBrush"), config, tmp_path / "executed")
 
 
 @pytest.fixture

@@ -9,28 +9,16 @@ import zipfile
 
 import pytest
 import torch
-from model_files import CHECKPOINT, DEPTH, SINGLE, UNET_KEY, VAE, VAE_FOLDER, World, flip, write_micro
+from model_files import CHECKPOINT, DEPTH, SINGLE, UNET_KEY, VAE, VAE_FOLDER, flip
 from safetensors.torch import load_file, save_file
 
-from mimicbrush_core import verify
+from mimicbrush_core import verify, weight_files
 from mimicbrush_core.checkpoints import load_modules
 from mimicbrush_core.cli import main
 from mimicbrush_core.errors import ModelFileError
 from mimicbrush_core.recognition import recognise
 from mimicbrush_core.verify import LOCK_NAME, describe, inspect
-from mimicbrush_core.weight_files import check_integrity, file_sha256, read_tensors
-
-
-@pytest.fixture(scope="session")
-def micro(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("micro") / "MimicBrush"
-    return folder, write_micro(folder)
-
-
-@pytest.fixture
-def world(micro, tmp_path):
-    folder, config = micro
-    return World(shutil.copytree(folder, tmp_path / "world" / "MimicBrush"), config, tmp_path / "executed")
+from mimicbrush_core.weight_files import SafetensorsFile, check_integrity, file_sha256
 
 
 class Harmful:
@@ -698,7 +686,14 @@ def test_verify_command(world, capsys):
 
 def test_tensors_are_read_lazily(world):
     """Only the names asked for, and nothing is copied: the file may be far larger than memory."""
-    assert set(read_tensors(world.file(SINGLE), "image_projection.")) == {
+    assert set(SafetensorsFile(world.file(SINGLE)).tensors("image_projection.")) == {
         "image_projection.projector.weight",
         "image_projection.projector.bias",
     }
+
+
+def test_a_single_file_s_header_is_parsed_once_for_all_parts(world, monkeypatch):
+    parsed, real = [], weight_files._header
+    monkeypatch.setattr(weight_files, "_header", lambda path: parsed.append(path) or real(path))
+    load_modules(world.file(SINGLE))
+    assert parsed == [world.file(SINGLE)]
