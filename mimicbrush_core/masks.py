@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from .errors import ArgumentError, PictureError
 from .images import pad_to_square, resize_lanczos
@@ -33,27 +34,37 @@ def binarize(mask: np.ndarray) -> np.ndarray:
     return np.rint(mask * np.float32(255)) > THRESHOLD
 
 
-def check_mask(mask: np.ndarray, height: int, width: int) -> None:
+def check_mask(mask: np.ndarray, height: int, width: int, role: str = "mask") -> None:
     """Raise PictureError unless `mask` fits a picture of `height` x `width` and masks at least one pixel.
 
     Refused: another shape or size, NaN, values outside 0..1 (by more than 1e-3), no pixel above the
-    threshold.
+    threshold. `role` is how messages call it.
     """
-    if mask.ndim != 2:
-        raise PictureError(f"The mask has the shape {list(mask.shape)}. Give one mask as [height, width].")
+    check_mask_values(mask, role)
+    check_not_empty(mask, role)
     if mask.shape != (height, width):
         raise PictureError(
-            f"The mask is {mask.shape[1]} x {mask.shape[0]} pixels, the picture "
+            f"The {role} is {mask.shape[1]} x {mask.shape[0]} pixels, the picture "
             f"{width} x {height}. Give a mask of the picture's size."
         )
+
+
+def check_mask_values(mask: np.ndarray, role: str = "mask") -> None:
+    """Raise PictureError unless `mask` is one `[H, W]` of values within 0..1."""
+    if mask.ndim != 2:
+        raise PictureError(f"The {role} has the shape {list(mask.shape)}. Give one mask as [height, width].")
     low, high = float(mask.min()), float(mask.max())  # NaN survives min and max
     if math.isnan(low):
-        raise PictureError("The mask contains NaN values. Check the step that produced it.")
+        raise PictureError(f"The {role} contains NaN values. Check the step that produced it.")
     if low < -_RANGE_TOLERANCE or high > 1 + _RANGE_TOLERANCE:
-        raise PictureError(f"The mask has values from {low:.4g} to {high:.4g}. Masks must lie within 0 to 1.")
+        raise PictureError(f"The {role} has values from {low:.4g} to {high:.4g}. Masks must lie within 0 to 1.")
+
+
+def check_not_empty(mask: np.ndarray, role: str = "mask") -> None:
+    """Raise PictureError where no pixel of `mask` `[..., H, W]` counts as masked."""
     if not binarize(mask).any():
         raise PictureError(
-            f"The mask is empty: its largest value is {round(high * 255)} of 255, and only "
+            f"The {role} is empty: its largest value is {round(float(mask.max()) * 255)} of 255, and only "
             f"pixels above {THRESHOLD} count as masked. Paint the region to repaint in white."
         )
 
@@ -83,19 +94,28 @@ def latent_mask(model_mask: np.ndarray, scale_factor: int) -> torch.Tensor:
     return torch.from_numpy(cells)[None, None]
 
 
+def latent_coverage(mask: np.ndarray, size: int, scale_factor: int) -> torch.Tensor:
+    """How much of each latent cell a mask `[H, W]` covers, float32 `[1, 1, size / f, size / f]` in 0..1."""
+    model_mask = torch.from_numpy(mask_for_model(mask, size))[None, None]
+    return F.avg_pool2d(model_mask, scale_factor)
+
+
 # -------------------- feathering and pasting
 
 
-def feather_alpha(mask: np.ndarray, feather: int = 10) -> np.ndarray:
+def feather_alpha(mask: np.ndarray, feather: int = 10, soft: bool = False) -> np.ndarray:
     """The opacity of the result when it is pasted back, uint8 `[H, W]`.
 
     The binarised mask, blurred `feather` times by 3x3: 255 well inside, 0 further than `feather` pixels
-    outside; 0 passes give a hard edge, 10 are the original's. Raises ArgumentError for a negative or
-    fractional count. (original: `run_local`, ten times cv2.GaussianBlur(3x3, sigma 0))
+    outside; 0 passes give a hard edge, 10 are the original's. With `soft` the mask's own grey values are
+    blurred instead, so that an artist's soft edge stays: a binary mask gives the same either way. Raises
+    ArgumentError for a negative or fractional count. (original: `run_local`, ten times
+    cv2.GaussianBlur(3x3, sigma 0); its benchmark script blurs the soft mask)
     """
     if isinstance(feather, bool) or not isinstance(feather, (int, np.integer)) or feather < 0:
         raise ArgumentError(f"The feather must be a whole number of pixels, 0 or more, not {feather!r}.")
-    return binomial_blur(_as_bytes(mask), int(feather))
+    values = np.rint(np.clip(mask, 0, 1) * 255).astype(np.uint8) if soft else _as_bytes(mask)
+    return binomial_blur(values, int(feather))
 
 
 def binomial_blur(values: np.ndarray, passes: int) -> np.ndarray:
@@ -155,6 +175,22 @@ def paste_back_float(result: _Values, source: _Values, alpha: np.ndarray | torch
     weight = opacity.to(base.dtype) / 255
     pasted = torch.where(opacity == 0, base, painted * weight + base * (1 - weight))
     return pasted.numpy() if isinstance(source, np.ndarray) else pasted
+
+
+def seam_offset(result: np.ndarray, source: np.ndarray, hole: np.ndarray, reach: int) -> np.ndarray:
+    """How much brighter the source is than the result just outside the hole, float32 `[3]` in 0..255.
+
+    result, source: uint8 `[H, W, 3]`; hole: bool `[H, W]`; the ring is `reach` pixels wide. Both pictures
+    show the same there, so what differs (the median, per channel) is the model's own drift of colour. Zero
+    where there is no ring: a mask that covers everything has no seam.
+    """
+    side = 2 * reach + 1
+    across = F.max_pool2d(torch.from_numpy(hole.astype(np.float32))[None], (1, side), stride=1, padding=(0, reach))
+    near = F.max_pool2d(across, (side, 1), stride=1, padding=(reach, 0))[0].numpy() > 0
+    ring = near & ~hole
+    if not ring.any():
+        return np.zeros(3, np.float32)
+    return np.median(source[ring].astype(np.float32) - result[ring], axis=0)
 
 
 def _as_bytes(mask: np.ndarray) -> np.ndarray:
