@@ -25,6 +25,9 @@ SCHEDULERS = {
     "dpmpp_2m": DPMSolverMultistepScheduler,
     "unipc": UniPCMultistepScheduler,
 }
+SPACINGS = ("leading", "trailing", "linspace", "karras")
+"""How the timesteps are spread: diffusers' names; `karras` spreads the noise levels (arXiv 2206.00364, eq. 5)."""
+
 MAX_STEPS = 1000
 
 
@@ -45,6 +48,7 @@ def make_scheduler(
     config: dict,
     name: str = "ddim",
     steps: int | None = None,
+    spacing: str | None = None,
     *,
     timesteps: Sequence[float] | None = None,
     sigmas: Sequence[float] | None = None,
@@ -55,6 +59,7 @@ def make_scheduler(
     Exactly one of: steps, or an explicit descending list of timesteps (0..999), or of sigmas (as k-diffusion
     counts them, sqrt((1-a)/a), the last one being where the run ends, usually 0). Explicit lists run on
     Euler steps, which for `ddim` is the same update in sigma space.
+    spacing: one of SPACINGS for `steps`; None = the model's own. `ddim` with `karras` runs on Euler steps, too.
 
     Raises ArgumentError for an unknown name, a step count or list value out of range, or a list that does not
     descend.
@@ -63,10 +68,12 @@ def make_scheduler(
         raise ArgumentError(f"Unknown scheduler {name!r}. Choose one of: {', '.join(SCHEDULERS)}.")
     if sum(given is not None for given in (steps, timesteps, sigmas)) != 1:
         raise ArgumentError("Give exactly one of: steps, timesteps, sigmas.")
+    if spacing is not None and spacing not in SPACINGS:
+        raise ArgumentError(f"Unknown spacing {spacing!r}. Choose one of: {', '.join(SPACINGS)}.")
     if steps is not None:
         if not 1 <= steps <= MAX_STEPS:
             raise ArgumentError(f"steps is {steps}; it must be between 1 and {MAX_STEPS}.")
-        scheduler = _build(SCHEDULERS[name], config)
+        scheduler = _build(*_spaced(SCHEDULERS[name], config, spacing))
         scheduler.set_timesteps(steps)
         return scheduler
 
@@ -87,6 +94,16 @@ def make_scheduler(
     scheduler = _build(EulerDiscreteScheduler, config)
     scheduler.set_timesteps(**{label: listed})
     return scheduler
+
+
+def _spaced(scheduler_class, config: dict, spacing: str | None) -> tuple[type, dict]:
+    if spacing is None:
+        return scheduler_class, config
+    if spacing != "karras":
+        return scheduler_class, {**config, "timestep_spacing": spacing}
+    if scheduler_class is DDIMScheduler:
+        scheduler_class = EulerDiscreteScheduler
+    return scheduler_class, {**config, "use_karras_sigmas": True}
 
 
 def _build(scheduler_class, config: dict):
