@@ -8,10 +8,14 @@ all-zero input tensor, sent through both networks, a constant of the weights (`m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .errors import PictureError
 
 PROJECTOR_STRIDE = 8
 """The projector halves its input three times, so the map is first resized to 8 x the latent size."""
@@ -63,3 +67,72 @@ def no_depth_map(depth_network: nn.Module, size: int) -> Tensor:
     parameter = next(depth_network.parameters())
     zeros = torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device)
     return estimate_depth(depth_network, zeros)
+
+
+# --- the shape an artist asks to keep -------------------------------------------------------------------------
+
+ASPECT_TOLERANCE = 0.02
+"""A depth picture may differ this much in width / height from its picture: preprocessors round to multiples."""
+
+
+@dataclass(frozen=True)
+class DepthCondition:
+    """Whose shape an edit keeps, and how strictly. Made by `MimicBrush.depth_condition`.
+
+    pictures: uint8 [B,H,W,3], whose depth it is. drawn: float32 [B,H,W] in 0..1, 1 = nearest, the artist's own
+    depth; None: the network's. maps: float32 [B,s,s], the maps used for whole pictures, in the network's raw range.
+    nearest: float32 [B], the largest value the network gave each picture: what 1.0 in a depth picture stands for
+    (0.0 stands for 0). strength: 0 = "no depth", 1 = full.
+    """
+
+    pictures: np.ndarray
+    drawn: Tensor | None
+    maps: Tensor
+    nearest: Tensor
+    strength: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def as_pictures(self) -> Tensor:
+        """The depth used, float32 [B,H,W] in 0..1, 1 = nearest; read back as a depth picture it gives the same maps."""
+        height, width = self.pictures.shape[1:3]
+        side = max(height, width)
+        scaled = self.maps / self.nearest[:, None, None]
+        square = F.interpolate(scaled[:, None], (side, side), mode="bilinear", align_corners=False)[:, 0]
+        top, left = (side - height) // 2, (side - width) // 2
+        return square[:, top : top + height, left : left + width].clamp(0, 1)
+
+
+def fitted_depth_pictures(drawn: Tensor, height: int, width: int) -> Tensor:
+    """Depth pictures float [B,h,w] in 0..1, resized to a picture's [B,height,width].
+
+    Raises PictureError for values that are not finite or not of 0..1, and another aspect.
+    """
+    low, high = float(drawn.min()), float(drawn.max())
+    if not (low >= -1e-3 and high <= 1 + 1e-3):  # also refuses NaN
+        raise PictureError(f"The depth picture has values from {low:.4g} to {high:.4g}; they must lie within 0 to 1.")
+    drawn_height, drawn_width = drawn.shape[1:]
+    aspect = (drawn_width / drawn_height) / (width / height)
+    if abs(aspect - 1) > ASPECT_TOLERANCE:
+        raise PictureError(
+            f"The depth picture is {drawn_width} x {drawn_height} pixels, the source {width} x {height}: they do not "
+            "show the same frame. Give a depth picture of the source's shape."
+        )
+    drawn = drawn.float().clamp(0, 1)
+    if (drawn_height, drawn_width) == (height, width):
+        return drawn
+    return F.interpolate(drawn[:, None], (height, width), mode="bilinear", antialias=True)[:, 0]
+
+
+def drawn_map(drawn: Tensor, network_map: Tensor, nearest: float) -> Tensor:
+    """A depth picture as the network would have given it: [H,W] in 0..1 -> raw [1,s,s].
+
+    network_map [1,s,s]: the network's own, of the same picture padded to a square: kept in the padding.
+    """
+    height, width = drawn.shape
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    square = F.interpolate(network_map[None], (side, side), mode="bilinear", align_corners=False)
+    square[..., top : top + height, left : left + width] = drawn.to(square) * nearest
+    return F.interpolate(square, network_map.shape[-2:], mode="bilinear", antialias=True)[0]
