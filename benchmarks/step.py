@@ -31,7 +31,7 @@ from benchmarks.common import DTYPES, SEED, machine_facts, model_config, print_f
 from mimicbrush_core import attention
 from mimicbrush_core.attention import blend_by_two_calls, reading_blocks
 from mimicbrush_core.modules import Modules, build_part
-from mimicbrush_core.references import Reference, write_features
+from mimicbrush_core.references import Reference, ReferenceUse, write_features
 from mimicbrush_core.sampling import guide
 from mimicbrush_core.systems.mimicbrush import MimicBrush, SourceCondition
 
@@ -241,7 +241,7 @@ def make_variants(model: StepModel, inputs: StepInputs) -> dict[str, Variant]:
         return guide(*output.float().chunk(2), GUIDANCE)
 
     def ours() -> Tensor:
-        return model.sample(condition, [(reference, 1.0)], inputs.latents, scheduler, GUIDANCE)
+        return model.sample(condition, [ReferenceUse(reference, 1.0)], inputs.latents, scheduler, GUIDANCE)
 
     def by_two_calls() -> Tensor:
         with mock.patch.object(attention, "blend_by_merging", blend_by_two_calls):

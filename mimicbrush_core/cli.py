@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from . import __version__
@@ -145,12 +145,15 @@ def _add_edit_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
     parser.add_argument("--guidance", type=float, help="1 = off (default: the model's)")
     parser.add_argument("--scheduler", help="ddim, euler, dpmpp_2m or unipc (default: the model's)")
+    parser.add_argument("--spacing", help="of its timesteps: leading, trailing, linspace or karras")
     parser.add_argument("--size", type=int, help="side the model works at (default: the model's)")
     parser.add_argument("--weight", type=float, default=1.0, help="of the reference, 0 = none (%(default)s)")
-    parser.add_argument("--keep-shape", action="store_true", help="keep the source's shape by its depth")
+    parser.add_argument("--keep-shape", action="store_const", const=1.0, default=0.0, help="keep it, by its depth")
+    parser.add_argument("--shape-strength", dest="keep_shape", type=float, metavar="S", help="how strictly, 0 to 1")
     parser.add_argument("--zoom", action="store_true", help="edit a window around the mask at full resolution")
     parser.add_argument("--margin", type=float, default=0.5, help="border of that window, relative (%(default)s)")
     parser.add_argument("--feather", type=int, default=10, help="pixels the edit fades out over (%(default)s)")
+    parser.add_argument("--color-match", type=float, default=0.0, help="match colours at the seam, 0 to 1")
 
 
 # --- commands ----------------------------------------------------------------------------------------------
@@ -193,7 +196,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         source, mask, reference = example.render()
         for name, picture in (("source", source), ("mask", mask), ("reference", reference)):
             _save(folder / f"{example.name}-{name}.png", picture)
-        settings = _settings(arguments, keep_shape=arguments.keep_shape or example.keep_shape)
+        settings = _settings(arguments, keep_shape=arguments.keep_shape or float(example.keep_shape))
         result = _run_edit(model, source, mask, reference, settings, example.title)
         _save(folder / f"{example.name}-result.png", result.picture, {"settings": asdict(result.settings)})
         rows.append((source, mask, reference, result))
@@ -368,7 +371,7 @@ def _device(name: str) -> str:
 def _settings(arguments: argparse.Namespace, **changes):
     from .systems.mimicbrush import EditSettings
 
-    names = ("seed", "steps", "guidance", "scheduler", "size", "weight", "keep_shape", "zoom", "margin", "feather")
+    names = {field.name for field in fields(EditSettings)} & vars(arguments).keys()
     return EditSettings(**{name: getattr(arguments, name) for name in names} | changes)
 
 
@@ -376,18 +379,14 @@ def _run_edit(model, source, mask, reference, settings, title: str = "edit"):
     """One edit with a progress bar."""
     from tqdm import tqdm
 
-    bars: dict[str, tqdm] = {}
+    with tqdm(leave=False) as bar:
 
-    def show(progress) -> None:
-        if progress.stage not in bars:
-            bars[progress.stage] = tqdm(total=progress.total, desc=f"{title}: {progress.stage}", leave=False)
-        bars[progress.stage].update(progress.done - bars[progress.stage].n)
+        def show(progress) -> None:
+            bar.total = progress.total
+            bar.set_description(f"{title}: {progress.stage}", refresh=False)
+            bar.update(progress.done - bar.n)
 
-    try:
         return model.edit(source, mask, reference, settings, show)
-    finally:
-        for bar in bars.values():
-            bar.close()
 
 
 @contextmanager

@@ -8,16 +8,21 @@ and the timestep only, not on noise, source, mask or guidance: one reference ser
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import reading_blocks
 
-DEFAULT_STORE_BYTES = 1 << 30
+DEFAULT_STORE_BYTES = 2 << 30
 """Bound of one reference's store: 50 timesteps at 512 px take 0.7 GB in float16, 1.4 GB in float32."""
+
+SEEN = 0.5
+"""A token of a masked reference is read when at least this share of its area is inside the mask."""
 
 
 class _AllWritten(Exception):
@@ -69,12 +74,14 @@ class Reference:
     """One encoded reference picture and a bounded store of its features.
 
     latents [1,4,h,w] clean and scaled; tokens [1,T,D]; owner: the model that encoded it.
+    region [1,1,h,w] 0..1: only tokens inside are offered to the reader; None: all of them.
     store_bytes: the store's bound. What does not fit is computed again when it is asked for.
     """
 
     latents: Tensor
     tokens: Tensor
     owner: object
+    region: Tensor | None = None
     store_bytes: int = DEFAULT_STORE_BYTES
     features_computed: int = field(default=0, init=False)
     _store: dict[float, dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False)
@@ -85,15 +92,15 @@ class Reference:
         timesteps: Sequence[float],
         *,
         at_once: int = 4,
-        on_batch: Callable[[int, int], None] | None = None,
+        on_batch: Callable[[int], None] | None = None,
     ) -> None:
         """Compute the features of all `timesteps` not yet known, some at once, as far as the store holds them.
 
-        Features of timesteps outside this schedule make room first. on_batch(done, total) is called after
-        each batch and may raise to cancel.
+        Features of timesteps outside this schedule make room first. on_batch(count) is called after each batch
+        with the number it wrote and may raise to cancel.
         """
         wanted = [float(t) for t in timesteps]
-        missing = [t for t in wanted if t not in self._store]
+        missing = self.missing(wanted)
         for start in range(0, len(missing), at_once):
             batch = missing[start : start + at_once]
             known = next(iter(self._store.values()), {})  # all timesteps' features are equally large
@@ -107,7 +114,11 @@ class Reference:
                     return
                 self._store[timestep] = one
             if on_batch is not None:
-                on_batch(start + len(batch), len(missing))
+                on_batch(len(batch))
+
+    def missing(self, timesteps: Sequence[float]) -> list[float]:
+        """Those of `timesteps` whose features are not known."""
+        return [float(t) for t in timesteps if float(t) not in self._store]
 
     def banks_at(self, reference_unet: nn.Module, timestep: float) -> dict[str, Tensor]:
         """The features of one timestep, {block name: [1,M,C]}: from the store, or computed now."""
@@ -125,13 +136,17 @@ class Reference:
     def _write(self, reference_unet: nn.Module, timesteps: Sequence[float]) -> dict[str, Tensor]:
         count = len(timesteps)
         self.features_computed += count
+        device = next(reference_unet.parameters()).device
         with torch.no_grad():
-            return write_features(
+            banks = write_features(
                 reference_unet,
-                self.latents.expand(count, -1, -1, -1),
-                torch.tensor(timesteps, dtype=torch.float32, device=self.latents.device),
-                self.tokens.expand(count, -1, -1),
+                self.latents.to(device).expand(count, -1, -1, -1),
+                torch.tensor(timesteps, dtype=torch.float32, device=device),
+                self.tokens.to(device).expand(count, -1, -1),
             )
+        if self.region is None:
+            return banks
+        return {name: bank[:, _tokens_in(self.region, bank.shape[1]).to(device)] for name, bank in banks.items()}
 
     def _make_room(self, size: int, keep: Sequence[float]) -> bool:
         """Whether `size` more bytes fit, after dropping (oldest first) what the schedule does not use."""
@@ -139,6 +154,33 @@ class Reference:
         while self.stored_bytes + size > self.store_bytes and dispensable:
             del self._store[dispensable.pop(0)]
         return self.stored_bytes + size <= self.store_bytes
+
+
+@dataclass(frozen=True)
+class ReferenceUse:
+    """How an edit reads one reference.
+
+    weight: 0 = not at all, 1 = as trained; larger leans harder on it. start, end: the share of the steps, 0..1,
+    between which it is read: 0 is the first step (pure noise, where the layout is decided), 1 the last.
+    """
+
+    reference: Reference
+    weight: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+    def active(self, step: int, steps: int) -> bool:
+        """Whether it is read in step 0..steps-1."""
+        return self.weight > 0 and self.start <= step / steps < self.end
+
+
+def _tokens_in(region: Tensor, count: int) -> Tensor:
+    """Indices of the `count` tokens (a grid of the latents' aspect, row by row) that lie in a region [1,1,h,w]."""
+    height, width = region.shape[-2:]
+    shrink = math.isqrt(height * width // count)  # each level of the U-Net halves the latents
+    covered = F.avg_pool2d(region, shrink).flatten()
+    # A region smaller than a token still counts where it covers most.
+    return torch.nonzero(covered >= min(SEEN, float(covered.max()))).flatten()
 
 
 def _size_of(banks: dict[str, Tensor]) -> int:

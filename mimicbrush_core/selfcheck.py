@@ -13,7 +13,6 @@ import html
 import io
 import json
 import logging
-import math
 import os
 import platform
 import re
@@ -30,15 +29,15 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import __version__, images, masks
 from .checkpoints import ORIGINAL_FILES, embedded_model_path
 from .encoders import decode_latents
-from .errors import ArgumentError, MimicBrushError, ModelFileError, OutputError
+from .errors import ArgumentError, MimicBrushError, OutputError
 from .examples import EXAMPLES, Example
-from .modules import PART_NAMES, Modules, build_part, bundled_config
-from .references import Reference
+from .modules import PART_NAMES, Modules, bundled_config, random_part
+from .references import Reference, ReferenceUse
 from .sampling import initial_noise, make_scheduler
 from .sheets import show_mask
 from .systems.mimicbrush import EditSettings, MimicBrush, SourceCondition
@@ -185,27 +184,9 @@ def random_model(config_name: str, device: str = "cpu", dtype: torch.dtype = tor
     config = bundled_config(config_name)
     config["name"] += ", random weights"
     generator = torch.Generator(device).manual_seed(SEED)
-    parts = {name: _random_part(name, config, device, dtype, generator) for name in PART_NAMES}
+    dtypes = {"depth_network": torch.float32}  # as the loader keeps it
+    parts = {name: random_part(name, config, device, dtypes.get(name, dtype), generator) for name in PART_NAMES}
     return MimicBrush(Modules(**parts), config)
-
-
-@torch.no_grad()
-def _random_part(name: str, config: dict, device: str, dtype: torch.dtype, generator) -> nn.Module:
-    with torch.device("meta"):
-        module = build_part(name, config)
-    dtype = torch.float32 if name == "depth_network" else dtype  # as the loader keeps it
-    module = nn.Module.to(module, dtype).requires_grad_(False).to_empty(device=device)
-    for key, weight in module.named_parameters():
-        if weight.ndim > 1:  # unit gain, so that attention is not uniform
-            bound = math.sqrt(3 / math.prod(weight.shape[1:]))
-            weight.uniform_(-bound, bound, generator=generator)
-        else:
-            weight.fill_(0.0 if key.endswith("bias") else 1.0)
-    for key, buffer in module.named_buffers():
-        if not key.endswith("position_ids"):
-            raise ModelFileError(f"{type(module).__name__} has an unknown buffer {key!r} in this transformers.")
-        buffer.copy_(torch.arange(buffer.shape[-1])[None])
-    return module
 
 
 # --- the trial ---------------------------------------------------------------------------------------------
@@ -247,7 +228,7 @@ def _try_example(model: MimicBrush, example: Example, report: SelfCheck, clock: 
     reference.prepare(model.modules.reference_unet, scheduler.timesteps.tolist())
     times["features"] = clock.lap()
     noise = initial_noise([SEED], tuple(condition.hole_latents.shape[1:]))
-    latents = model.sample(condition, [(reference, 1.0)], noise, scheduler, settings["guidance"])
+    latents = model.sample(condition, [ReferenceUse(reference, 1.0)], noise, scheduler, settings["guidance"])
     times["sampling"] = clock.lap()
     decoded = decode_latents(model.modules.vae, latents.to(model.dtype)).float()
     times["decoding"] = clock.lap()
@@ -304,9 +285,9 @@ def _compare(model: MimicBrush, example: Example, report: SelfCheck) -> None:
         scheduler = make_scheduler(model.config["scheduler"], report.settings["scheduler"], steps)
         return model.sample(trial.condition, references, trial.noise, scheduler, guidance)
 
-    with_reference = sampled([(trial.reference, 1.0)], guidance)
-    without = sampled([(trial.reference, 0.0)], guidance)
-    unconditional_row = sampled([(trial.reference, 1.0)], 0.0)
+    with_reference = sampled([ReferenceUse(trial.reference, 1.0)], guidance)
+    without = sampled([ReferenceUse(trial.reference, 0.0)], guidance)
+    unconditional_row = sampled([ReferenceUse(trial.reference, 1.0)], 0.0)
     edited = model.edit(trial.source, trial.mask, trial.picture, EditSettings(SEED, steps, size=size, feather=FEATHER))
     report.checks += [
         _same_picture(model.decode(with_reference)[0], edited.raw, model.device.type),

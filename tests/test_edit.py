@@ -8,6 +8,7 @@ from mimicbrush_core.attention import reading_blocks
 from mimicbrush_core.errors import ArgumentError, Cancelled, PictureError
 from mimicbrush_core.examples import EXAMPLES
 from mimicbrush_core.images import Picture, restore_alpha
+from mimicbrush_core.references import ReferenceUse
 from mimicbrush_core.sampling import initial_noise, make_scheduler
 from mimicbrush_core.systems.mimicbrush import EditSettings, MimicBrush
 
@@ -64,7 +65,7 @@ def test_a_seed_means_the_same_in_a_batch_as_alone(model, example):
     def sample(seeds):
         scheduler = make_scheduler(model.config["scheduler"], "ddim", 2)
         noise = initial_noise(seeds, tuple(condition.hole_latents.shape[1:]))
-        return model.sample(condition, [(encoded, 1.0)], noise, scheduler, 2.0)
+        return model.sample(condition, [ReferenceUse(encoded, 1.0)], noise, scheduler, 2.0)
 
     together = sample([3, 4])
     for row, seed in enumerate((3, 4)):
@@ -97,7 +98,7 @@ def test_a_reference_is_refused_by_another_model_and_another_size(model, example
     source, mask, reference = example
     encoded = model.encode_reference(reference, size=64)
     with pytest.raises(ArgumentError, match="same size"):
-        model.edit(source, mask, encoded, QUICK)
+        model.edit(source, mask, encoded, EditSettings(steps=2, size=128))
     other = MimicBrush(model.modules, model.config)
     with pytest.raises(ArgumentError, match="another model"):
         model.edit(source, mask, other.encode_reference(reference), QUICK)
@@ -140,8 +141,7 @@ def test_progress_counts_every_step_and_previews(model, example):
             shapes.add(progress.preview().shape)
 
     model.edit(*example, EditSettings(steps=3), note)
-    assert [entry for entry in seen if entry[0] == "sampling"] == [("sampling", n, 3) for n in (1, 2, 3)]
-    assert seen[0][0] == "reference"
+    assert seen == [("reference", 3, 6)] + [("sampling", n, 6) for n in (4, 5, 6)]
     assert shapes == {(128, 128, 3)}
 
 

@@ -18,6 +18,7 @@ from mimicbrush_core.evaluation.metrics import PSNR_CAP, bootstrap_interval, mas
 from mimicbrush_core.evaluation.report import COLUMNS, TILE, card_table, sheet, summary, to_json
 from mimicbrush_core.evaluation.track import CASES, GROW, LARGEST_REGION, SETS, held_out_cases, scene_seed
 from mimicbrush_core.modules import build_modules, bundled_config
+from mimicbrush_core.references import ReferenceUse
 from mimicbrush_core.sampling import initial_noise, make_scheduler
 from mimicbrush_core.systems.mimicbrush import MimicBrush
 from mimicbrush_core.training.hole_masks import grown
@@ -253,8 +254,8 @@ def test_batched_answers_equal_those_of_the_ordinary_edit_case_by_case(model):
         condition = model.encode_source(case.source, case.mask.astype(np.float32))
         noise = initial_noise([case.index], tuple(condition.hole_latents.shape[1:]))
         wanted = {
-            "right": [(model.encode_reference(case.reference), 1.0)],
-            "wrong": [(model.encode_reference(case.wrong_reference), 1.0)],
+            "right": [ReferenceUse(model.encode_reference(case.reference))],
+            "wrong": [ReferenceUse(model.encode_reference(case.wrong_reference))],
             "none": [(model.encode_reference(case.reference), 0.0)],
         }
         for kind, references in wanted.items():

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from mimicbrush_core import images
 from mimicbrush_core.encoders import decode_latents, encode_latents
 from mimicbrush_core.modules import PART_NAMES, Modules, build_part, bundled_config, drop_tail
-from mimicbrush_core.references import Reference
+from mimicbrush_core.references import Reference, ReferenceUse
 from mimicbrush_core.sampling import make_scheduler
 from mimicbrush_core.systems.mimicbrush import EditSettings, MimicBrush, SourceCondition
 
@@ -68,7 +68,7 @@ def one_step(model, recorded, timestep, monkeypatch):
         lambda module, args, kwargs, output: calls.append((args, kwargs, output.sample)), with_kwargs=True
     )
     try:
-        model.sample(condition, [(reference, 1.0)], recorded["in.latents"], scheduler, GUIDANCE)
+        model.sample(condition, [ReferenceUse(reference, 1.0)], recorded["in.latents"], scheduler, GUIDANCE)
     finally:
         hook.remove()
     assert len(calls) == 1
@@ -288,7 +288,7 @@ def run(model, golden, golden_picture, name):
     scheduler = make_scheduler(model.config["scheduler"], "ddim", steps)
     recorded_steps = recording(scheduler)
     infos = []
-    latents = model.sample(condition, [(reference, 1.0)], noise, scheduler, GUIDANCE, on_step=infos.append)
+    latents = model.sample(condition, [ReferenceUse(reference, 1.0)], noise, scheduler, GUIDANCE, on_step=infos.append)
     assert [info.step for info in infos] == list(range(1, steps + 1))
     assert torch.equal(latents, recorded_steps[-1][1])
     return {

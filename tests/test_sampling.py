@@ -5,7 +5,7 @@ import torch
 
 from mimicbrush_core.errors import ArgumentError, Cancelled
 from mimicbrush_core.modules import bundled_config
-from mimicbrush_core.references import Reference
+from mimicbrush_core.references import Reference, ReferenceUse
 from mimicbrush_core.sampling import (
     SCHEDULERS,
     denoise,
@@ -244,60 +244,60 @@ def rows_seen(model):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_runs_on_a_model(model, conditions, reference, name):
-    latents = sample(model, conditions, [(reference, 1.0)], name=name, steps=4)
+    latents = sample(model, conditions, [ReferenceUse(reference, 1.0)], name=name, steps=4)
     assert latents.shape == (1, 4, SIZE, SIZE) and latents.isfinite().all()
     assert 0.5 < latents.std() < 100
 
 
 def test_a_batch_equals_its_pictures(model, conditions, reference, rows_seen):
     seeds = (3, 4, 5)
-    together = sample(model, conditions, [(reference, 1.0)], seeds)
+    together = sample(model, conditions, [ReferenceUse(reference, 1.0)], seeds)
     assert rows_seen == [6, 6, 6]
     for row, seed in enumerate(seeds):
-        alone = sample(model, conditions, [(reference, 1.0)], (seed,))
+        alone = sample(model, conditions, [ReferenceUse(reference, 1.0)], (seed,))
         assert (together[row] - alone[0]).abs().max() <= 1e-4 * alone.abs().max()
 
 
 def test_guidance_1_evaluates_only_the_conditional_row(model, conditions, reference, rows_seen):
-    one = sample(model, conditions, [(reference, 1.0)], guidance=1.0)
+    one = sample(model, conditions, [ReferenceUse(reference, 1.0)], guidance=1.0)
     assert rows_seen == [1, 1, 1]
-    both = sample(model, conditions, [(reference, 1.0)], guidance=1.0 + 1e-6)
+    both = sample(model, conditions, [ReferenceUse(reference, 1.0)], guidance=1.0 + 1e-6)
     assert rows_seen[3:] == [2, 2, 2]
     assert (one - both).abs().max() <= 1e-4 * both.abs().max()
 
 
 def test_no_counting_reference_is_the_unconditional_prediction(model, conditions, reference, rows_seen):
     nothing = sample(model, conditions, [])
-    ignored = sample(model, conditions, [(reference, 0.0)])
+    ignored = sample(model, conditions, [ReferenceUse(reference, 0.0)])
     assert rows_seen == [1] * 6
     assert torch.equal(nothing, ignored)
     assert reference.features_computed == 0
     # Guidance 0 is the unconditional row of a guided run.
-    guided = sample(model, conditions, [(reference, 1.0)], guidance=0.0)
+    guided = sample(model, conditions, [ReferenceUse(reference, 1.0)], guidance=0.0)
     assert (nothing - guided).abs().max() <= 1e-4 * guided.abs().max()
 
 
 def test_several_references(model, conditions, reference):
     other = Reference(reference.latents.flip(-1).contiguous(), reference.tokens, owner=model)
-    one = sample(model, conditions, [(reference, 1.0)])
-    both = sample(model, conditions, [(reference, 1.0), (other, 1.0)])
-    swapped = sample(model, conditions, [(other, 1.0), (reference, 1.0)])
+    one = sample(model, conditions, [ReferenceUse(reference, 1.0)])
+    both = sample(model, conditions, [ReferenceUse(reference, 1.0), ReferenceUse(other, 1.0)])
+    swapped = sample(model, conditions, [ReferenceUse(other, 1.0), ReferenceUse(reference, 1.0)])
     assert (one - both).abs().max() > 1e-2 * one.abs().max()
     assert (both - swapped).abs().max() <= 1e-4 * both.abs().max()
 
 
 def test_two_samplings_share_features(model, conditions, reference):
-    first = sample(model, conditions, [(reference, 1.0)])
+    first = sample(model, conditions, [ReferenceUse(reference, 1.0)])
     computed = reference.features_computed
     assert computed == 3
-    assert torch.equal(sample(model, conditions, [(reference, 1.0)]), first)
+    assert torch.equal(sample(model, conditions, [ReferenceUse(reference, 1.0)]), first)
     assert reference.features_computed == computed
 
 
 def test_features_computed_on_the_way_give_the_same_result(model, conditions, reference):
-    first = sample(model, conditions, [(reference, 1.0)])
+    first = sample(model, conditions, [ReferenceUse(reference, 1.0)])
     small = Reference(reference.latents, reference.tokens, owner=model, store_bytes=0)
-    assert (sample(model, conditions, [(small, 1.0)]) - first).abs().max() <= 1e-4 * first.abs().max()
+    assert (sample(model, conditions, [ReferenceUse(small, 1.0)]) - first).abs().max() <= 1e-4 * first.abs().max()
     assert small.stored_bytes == 0
 
 
@@ -310,7 +310,7 @@ def test_a_cancelled_sampling_leaves_the_model_as_it_was(model, conditions, refe
 
     for stage in ("on_features", "on_step"):
         with pytest.raises(Cancelled):
-            sample(model, conditions, [(reference, 1.0)], **{stage: cancel})
+            sample(model, conditions, [ReferenceUse(reference, 1.0)], **{stage: cancel})
         assert [network.attn_processors for network in networks] == before
         reference.clear()
 
@@ -318,7 +318,7 @@ def test_a_cancelled_sampling_leaves_the_model_as_it_was(model, conditions, refe
 def test_references_that_do_not_fit(model, conditions, reference):
     stranger = Reference(reference.latents, reference.tokens, owner=object())
     with pytest.raises(ArgumentError, match="another model"):
-        sample(model, conditions, [(stranger, 1.0)])
+        sample(model, conditions, [ReferenceUse(stranger, 1.0)])
     small = Reference(reference.latents[..., :8], reference.tokens, owner=model)
     with pytest.raises(ArgumentError, match=r"\(16, 8\).*\(16, 16\)"):
-        sample(model, conditions, [(small, 1.0)])
+        sample(model, conditions, [ReferenceUse(small, 1.0)])

@@ -104,7 +104,7 @@ def test_an_unconditional_row_that_sees_the_reference_is_found(spoiled, monkeypa
     original = type(spoiled).sample
 
     def leaking(self, condition, references, noise, scheduler, guidance, **more):
-        self.leaked = torch.full((1, 65, 64), 3.0 if any(weight for _, weight in references) else 0.0)
+        self.leaked = torch.full((1, 65, 64), 3.0 if any(use.weight for use in references) else 0.0)
         return original(self, condition, references, noise, scheduler, guidance, **more)
 
     monkeypatch.setattr(type(spoiled), "sample", leaking)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..encoders import encode_latents
 from ..errors import ArgumentError
 from ..images import to_model_range
-from ..references import Reference, write_features
+from ..references import Reference, ReferenceUse, write_features
 from ..sampling import initial_noise, make_scheduler
 from ..systems.mimicbrush import MimicBrush, SourceCondition
 from ..training.scenes import CLIP_LIKE, Difficulty
@@ -131,7 +131,7 @@ def answer(model: MimicBrush, cases: Sequence[Case], steps: int, guidance: float
 
     # Right and wrong go together: most pictures serve as both, and each is written once.
     wanted = [case.reference for case in cases] + [case.wrong_reference for case in cases]
-    right, wrong = sample(2, [(_PictureReferences.encode(model, wanted), 1.0)]).chunk(2)
+    right, wrong = sample(2, [ReferenceUse(_PictureReferences.encode(model, wanted), 1.0)]).chunk(2)
     latents = {
         "right": right,
         "wrong": wrong,
@@ -156,12 +156,7 @@ def _judged(cases: Sequence[Case], answers: dict[str, np.ndarray]) -> Iterator[O
 
 
 def _conditions(model: MimicBrush, cases: Sequence[Case]) -> SourceCondition:
-    each = [model.encode_source(case.source, case.mask.astype(np.float32)) for case in cases]
-    return SourceCondition(
-        torch.cat([one.mask for one in each]),
-        torch.cat([one.hole_latents for one in each]),
-        torch.cat([one.depth for one in each]),
-    )
+    return SourceCondition.of([model.encode_source(case.source, case.mask.astype(np.float32)) for case in cases])
 
 
 def _repeated(condition: SourceCondition, copies: int) -> SourceCondition:

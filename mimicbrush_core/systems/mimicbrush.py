@@ -15,60 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import images, masks
+from .. import editing, images, masks
 from ..attention import ReferenceFeatures, ReferenceReading
 from ..checkpoints import embedded_model_path, load_modules
-from ..depth import estimate_depth, no_depth_map
+from ..depth import DepthCondition, drawn_map, estimate_depth, fitted_depth_pictures, no_depth_map
+from ..editing import BatchResult, EditResult, EditSettings, Progress
 from ..encoders import decode_latents, encode_latents, image_tokens, unconditional_tokens
 from ..errors import ArgumentError
 from ..modules import Modules
-from ..references import Reference
+from ..references import Reference, ReferenceUse
 from ..sampling import StepInfo, denoise, guide, initial_noise, make_scheduler
 
 WHITE, BLACK = 255, 0
-MAX_GUIDANCE = 100.0
 PREVIEW_LATENT_SIDE = 32
-
-
-@dataclass(frozen=True)
-class EditSettings:
-    """How an edit is made. None means the model's own default.
-
-    seed: 0..2^63-1, drawn on the CPU: the same picture on every device, alone or in a batch.
-    steps: 1..1000. guidance: 1 = conditional prediction only. scheduler: a name of `sampling.SCHEDULERS`.
-    size: side of the square the model works on, a multiple of 64.
-    weight: of the reference; 0 = as if there were none, 1 = as trained.
-    keep_shape: condition on the source's depth (texture transfer).
-    zoom: edit a window around the mask at full resolution instead of the whole picture; margin: its border
-        on each side relative to the mask's longer side; minimum: its smallest side in pixels.
-    feather: how many pixels the edit fades out beyond the mask.
-    """
-
-    seed: int = 0
-    steps: int | None = None
-    guidance: float | None = None
-    scheduler: str | None = None
-    size: int | None = None
-    weight: float = 1.0
-    keep_shape: bool = False
-    zoom: bool = False
-    margin: float = 0.5
-    minimum: int = masks.ZOOM_MINIMUM
-    feather: int = 10
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Handed to `on_progress` after each piece of work; raise `Cancelled` there to stop the edit.
-
-    stage: "reference" (features written ahead) or "sampling". preview(): uint8 [h,w,3], the picture as predicted
-    now, decoded small; None outside sampling. It costs a small decode, only when called.
-    """
-
-    stage: str
-    done: int
-    total: int
-    preview: Callable[[], np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,23 +38,15 @@ class SourceCondition:
     hole_latents: Tensor
     depth: Tensor
 
+    @classmethod
+    def of(cls, conditions: Sequence[SourceCondition]) -> SourceCondition:
+        """Several as one batch."""
+        parts = [(one.mask, one.hole_latents, one.depth) for one in conditions]
+        return cls(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
     def channels(self) -> Tensor:
         """[B,9,h,w] in the original's order."""
         return torch.cat([self.mask, self.hole_latents, self.depth], dim=1)
-
-
-@dataclass(frozen=True)
-class EditResult:
-    """picture: uint8 [H,W,3], the edit pasted back, bit-identical to the source beyond the feather.
-    raw: uint8 [h,w,3], the model's whole answer for `window`, not pasted.
-    alpha: uint8 [H,W], how much of the edit each pixel took. settings: with the model's defaults filled in.
-    """
-
-    picture: np.ndarray
-    raw: np.ndarray
-    alpha: np.ndarray
-    window: masks.CropWindow
-    settings: EditSettings
 
 
 class MimicBrush:
@@ -143,21 +94,33 @@ class MimicBrush:
     # -- conditions -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode_reference(self, picture: np.ndarray, size: int | None = None, noise: Tensor | None = None) -> Reference:
+    def encode_reference(
+        self,
+        picture: np.ndarray,
+        size: int | None = None,
+        noise: Tensor | None = None,
+        mask: np.ndarray | None = None,
+    ) -> Reference:
         """Encode a reference picture uint8 [H,W,3] of any size for edits of the given size.
 
-        noise [1,4,h,w]: the VAE posterior's draw (default: its mode). The result keeps its features per
-        timestep and can serve many edits of this model.
+        noise [1,4,h,w]: the VAE posterior's draw (default: its mode). mask float [H,W]: the part to imitate,
+        1 = this; the rest is laid white and not offered to the reader, so that it cannot show in any edit. The
+        result keeps its features per timestep and can serve many edits of this model.
         """
+        size, region = self._size(size), None
+        if mask is not None:
+            masks.check_mask(mask, *picture.shape[:2], role="reference mask")
+            picture = np.where(masks.binarize(mask)[..., None], picture, np.uint8(WHITE))
+            region = masks.latent_coverage(mask, size, self.latent_factor)
         square = images.pad_to_square(picture, WHITE)
-        pixels = images.to_model_range(images.resize_lanczos(square, self._size(size)))
+        pixels = images.to_model_range(images.resize_lanczos(square, size))
         clip_size = self.modules.image_encoder.config.image_size
         tokens = image_tokens(
             self.modules.image_encoder,
             self.modules.image_projection,
-            images.clip_pixel_values(square, clip_size).to(self.device),
+            images.clip_pixel_values(square, clip_size).to(_device_of(self.modules.image_encoder)),
         )
-        return Reference(self._encode(pixels, noise), tokens, owner=self)
+        return Reference(self._encode(pixels, noise), tokens, owner=self, region=region)
 
     @torch.no_grad()
     def encode_source(
@@ -166,13 +129,15 @@ class MimicBrush:
         mask: np.ndarray,
         size: int | None = None,
         *,
-        keep_shape: bool = False,
+        keep_shape: float = 0.0,
+        depth_map: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> SourceCondition:
         """Prepare a source picture uint8 [H,W,3] and its mask float [H,W] (1 = repaint).
 
-        Padding, black hole at native resolution, LANCZOS to the model's size, nearest latent mask; the depth is
-        that of the picture without the hole.
+        Padding, black hole at native resolution, LANCZOS to the model's size, nearest latent mask.
+        keep_shape: 0..1, between "no depth" and the depth's own feature; depth_map [1,s,s]: in the network's raw
+        range; default: that of the picture without the hole.
         """
         size = self._size(size)
         square = images.pad_to_square(picture, WHITE)
@@ -180,15 +145,63 @@ class MimicBrush:
         pixels = images.to_model_range(images.resize_lanczos(holed, size))
         latent_mask = masks.latent_mask(masks.mask_for_model(mask, size), self.latent_factor)
         hole_latents = self._encode(pixels, noise)
-        depth_map = self.estimate_depth(square) if keep_shape else self.no_depth_map()
-        depth = self.modules.depth_projector(depth_map, hole_latents.shape[-2:]).float()
-        return SourceCondition(latent_mask.to(self.device), hole_latents, depth)
+        latent_size = tuple(hole_latents.shape[-2:])
+        if keep_shape == 0:
+            depth = self._depth_feature(self.no_depth_map(), latent_size)
+        else:
+            depth_map = self.estimate_depth(square) if depth_map is None else depth_map
+            depth = self._depth_feature(depth_map, latent_size)
+            if keep_shape != 1:
+                depth = torch.lerp(self._depth_feature(self.no_depth_map(), latent_size), depth, float(keep_shape))
+        return SourceCondition(latent_mask.to(hole_latents.device), hole_latents, depth)
 
     @torch.no_grad()
     def estimate_depth(self, square: np.ndarray) -> Tensor:
         """Relative inverse depth of a square picture uint8 [S,S,3], [1,s,s] in the network's raw range."""
         pixels = images.depth_pixel_values(square, self.config["depth_network"]["image_size"])
-        return estimate_depth(self.modules.depth_network, pixels.to(self.device))
+        return estimate_depth(self.modules.depth_network, pixels.to(_device_of(self.modules.depth_network)))
+
+    @torch.no_grad()
+    def depth_condition(
+        self,
+        pictures: Sequence[np.ndarray],
+        drawn: Tensor | None = None,
+        *,
+        near_is_white: bool = True,
+        strength: float = 1.0,
+    ) -> DepthCondition:
+        """The shapes to keep of pictures uint8 [H,W,3], one per edited picture or one for all.
+
+        drawn float [B,h,w] in 0..1: the artist's own depth pictures; default: what the network sees.
+        Where they are used, 1 stands for the nearest the network sees in the same picture, 0 for 0.
+        """
+        if not 0 <= strength <= 1:
+            raise ArgumentError(f"The depth strength is {strength}; it must be between 0 and 1.")
+        maps = [self.estimate_depth(images.pad_to_square(picture, WHITE)) for picture in pictures]
+        nearest = torch.stack([one.max() for one in maps]).clamp_min(torch.finfo(torch.float32).tiny)
+        if drawn is not None:
+            drawn = fitted_depth_pictures(drawn, *pictures[0].shape[:2])
+            drawn = drawn if near_is_white else 1 - drawn
+            count = editing.batch_size({"source": len(pictures), "depth picture": len(drawn)})
+            pictures, maps = editing.repeated(pictures, count), editing.repeated(maps, count)
+            drawn, nearest = drawn.expand(count, -1, -1), nearest.expand(count)
+            maps = [drawn_map(*one) for one in zip(drawn, maps, nearest.tolist(), strict=True)]
+        return DepthCondition(np.stack(pictures), drawn, torch.cat(maps), nearest, strength)
+
+    @torch.no_grad()
+    def _depth_map(self, depth: DepthCondition, index: int, window: masks.CropWindow) -> Tensor:
+        """The depth of one picture's window [1,s,s]; a part is looked at again, at its full resolution."""
+        picture = depth.pictures[index]
+        if window == masks.whole_picture(*picture.shape[:2]):
+            return depth.maps[index : index + 1]
+        seen = self.estimate_depth(images.pad_to_square(picture[window.slices], WHITE))
+        if depth.drawn is None:
+            return seen
+        return drawn_map(depth.drawn[index][window.slices], seen, float(depth.nearest[index]))
+
+    def _depth_feature(self, depth_map: Tensor, latent_size: tuple[int, int]) -> Tensor:
+        projector = self.modules.depth_projector
+        return projector(depth_map.to(_device_of(projector)), latent_size).float()
 
     @torch.no_grad()
     def no_depth_map(self) -> Tensor:
@@ -205,10 +218,15 @@ class MimicBrush:
             self._unconditional = unconditional_tokens(self.modules.image_encoder, self.modules.image_projection)
         return self._unconditional
 
+    def compute_constants(self) -> None:
+        """Compute what depends on the weights only, ahead of the first edit."""
+        self.unconditional_tokens()
+        self.no_depth_map()
+
     def _encode(self, pixels: Tensor, noise: Tensor | None) -> Tensor:
-        pixels = pixels.to(self.device, self.dtype)
-        noise = None if noise is None else noise.to(self.device, self.dtype)
-        return encode_latents(self.modules.vae, pixels, noise).float()
+        vae = self.modules.vae
+        noise = None if noise is None else noise.to(vae.device, vae.dtype)
+        return encode_latents(vae, pixels.to(vae.device, vae.dtype), noise).float()
 
     def _size(self, size: int | None) -> int:
         size = size or self.config["defaults"]["size"]
@@ -224,51 +242,71 @@ class MimicBrush:
     def sample(
         self,
         condition: SourceCondition,
-        references: Sequence[tuple[Reference, float]],
+        references: Sequence[ReferenceUse],
         noise: Tensor,
         scheduler,
         guidance: float,
         *,
-        on_features: Callable[[int, int], None] | None = None,
+        on_features: Callable[[int], None] | None = None,
         on_step: Callable[[StepInfo], None] | None = None,
     ) -> Tensor:
         """Denoise to latents [B,4,h,w].
 
-        condition: tensors of batch 1 or B. references: (reference, weight) each; those of weight 0 do not count,
-        and with none left the conditional prediction is the unconditional one. The image tokens are the
-        first counting reference's. noise: float32 [B,4,h,w]. scheduler: of `sampling.make_scheduler`.
+        condition: tensors of batch 1 or B. references: those of weight 0 do not count, and in a step in which none
+        is read the conditional prediction is the unconditional one. The tokens of several references are attended
+        to side by side. noise: float32 [B,4,h,w]. scheduler: of `sampling.make_scheduler`.
         guidance: 1 evaluates the conditional row only; otherwise e_u + g (e_c - e_u).
+        on_features(n): after n more features were written ahead; it may raise to cancel, like on_step.
         """
-        counting = [(reference, weight) for reference, weight in references if weight > 0]
-        for reference, _ in counting:
-            self._check_reference(reference, noise)
-            reference.prepare(self.modules.reference_unet, scheduler.timesteps.tolist(), on_batch=on_features)
+        plan = self._reading_plan(references, scheduler)
+        for use in references:
+            self._check_reference(use.reference, noise)
+            read_at = [timestep for timestep, active in plan if use in active]
+            use.reference.prepare(self.modules.reference_unet, read_at, on_batch=on_features)
 
-        batch = len(noise)
-        guided = bool(counting) and guidance != 1
-        beside = condition.channels().to(self.device, self.dtype).expand(batch, -1, -1, -1)
-        unconditional = self.unconditional_tokens()
-        tokens = counting[0][0].tokens if counting else unconditional
-        tokens = tokens.expand(batch, -1, -1)
-        if guided:
-            tokens = torch.cat([unconditional.expand(batch, -1, -1), tokens])
-        copies = 2 if guided else 1
+        batch, device = len(noise), self.device
+        beside = condition.channels().to(device, self.dtype).expand(batch, -1, -1, -1)
+        steps = iter(plan)
 
         with ReferenceReading(self.modules.unet) as reading:
             reading.reading_rows = batch
 
             def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+                active = next(steps)[1]
+                guided = bool(active) and guidance != 1
+                tokens = self._tokens(active, batch, guided)
                 reading.references = [
-                    ReferenceFeatures(reference.banks_at(self.modules.reference_unet, timestep), weight)
-                    for reference, weight in counting
+                    ReferenceFeatures(use.reference.banks_at(self.modules.reference_unet, timestep), use.weight)
+                    for use in active
                 ]
                 model_input = torch.cat([latents.to(self.dtype), beside], dim=1)  # [B,13,h,w]
                 output = self.modules.unet(
-                    torch.cat([model_input] * copies), timestep, encoder_hidden_states=tokens.to(self.dtype)
+                    torch.cat([model_input] * (2 if guided else 1)), timestep, encoder_hidden_states=tokens
                 ).sample.float()
                 return guide(*output.chunk(2), guidance) if guided else output
 
-            return denoise(predict, noise.to(self.device), scheduler, on_step)
+            return denoise(predict, noise.to(device), scheduler, on_step)
+
+    @staticmethod
+    def _reading_plan(references: Sequence[ReferenceUse], scheduler) -> list[tuple[float, list[ReferenceUse]]]:
+        """For each step its timestep and the references read in it."""
+        timesteps = scheduler.timesteps.tolist()
+        return [
+            (timestep, [use for use in references if use.active(step, len(timesteps))])
+            for step, timestep in enumerate(timesteps)
+        ]
+
+    def _tokens(self, active: Sequence[ReferenceUse], batch: int, guided: bool) -> Tensor:
+        """Cross-attention tokens [B or 2B, T, D], the unconditional rows first."""
+        unconditional = self.unconditional_tokens().to(self.device, self.dtype).expand(batch, -1, -1)
+        if not active:
+            return unconditional
+        own = [use.reference.tokens.to(self.device, self.dtype).expand(batch, -1, -1) for use in active]
+        tokens = torch.cat(own, dim=1)
+        if not guided:
+            return tokens
+        # Repeated keys and values leave an attention's output as it is: so rows of equal length cost no mask.
+        return torch.cat([unconditional.repeat(1, len(own), 1), tokens])
 
     def _check_reference(self, reference: Reference, noise: Tensor) -> None:
         if reference.owner is not self:
@@ -295,46 +333,133 @@ class MimicBrush:
         self,
         source: np.ndarray,
         mask: np.ndarray,
-        reference: np.ndarray | Reference,
+        reference: np.ndarray | Reference | ReferenceUse | Sequence[ReferenceUse],
         settings: EditSettings | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        *,
+        depth: DepthCondition | None = None,
     ) -> EditResult:
-        """Repaint the masked region of a picture so that it imitates the reference.
+        """Repaint the masked region of a picture so that it imitates the reference, as the original does it.
 
         source uint8 [H,W,3] (or float 0..1); mask float [H,W], 1 = repaint; reference: a picture of any size, or
-        one already encoded by this model for the same size. Raises PictureError or ArgumentError before any
-        work is done if something does not fit.
+        one or several already encoded by this model for the same size. depth: another shape to keep than
+        settings.keep_shape's, which is the source's own. Raises PictureError or ArgumentError before any work is
+        done if something does not fit.
         """
         source = images.picture_from_array(source, "source")
         masks.check_mask(mask, *source.shape[:2])
-        settings = self._completed(settings or EditSettings())
-        scheduler = make_scheduler(self.config["scheduler"], settings.scheduler, settings.steps)
-        report = on_progress or (lambda progress: None)
-
-        window = masks.whole_picture(*source.shape[:2])
-        if settings.zoom:
-            window = masks.zoom_window(mask, settings.margin, settings.minimum, settings.feather)
-        part, part_mask = source[window.slices], mask[window.slices]
-        condition = self.encode_source(part, part_mask, settings.size, keep_shape=settings.keep_shape)
-        if not isinstance(reference, Reference):
-            reference = self.encode_reference(images.picture_from_array(reference, "reference"), settings.size)
-
-        latents = self.sample(
-            condition,
-            [(reference, settings.weight)],
-            initial_noise([settings.seed], tuple(condition.hole_latents.shape[1:])),
-            scheduler,
-            settings.guidance,
-            on_features=lambda done, total: report(Progress("reference", done, total)),
-            on_step=lambda step: report(
-                Progress("sampling", step.step, step.steps, lambda: self.preview(step.predicted_latents))
-            ),
-        )
-        raw = self._fit(self.decode(latents)[0], *part.shape[:2])
+        settings = self._completed(settings or EditSettings(), reference)
+        window = editing.edit_window([masks.binarize(mask).astype(np.float32)], settings)
+        uses = self._uses(reference, settings)
+        [raw] = self._repaint([source], [mask], window, uses, settings, depth, on_progress)
         alpha = masks.feather_alpha(mask, settings.feather)
-        picture = source.copy()
-        picture[window.slices] = masks.paste_back(raw, part, alpha[window.slices])
-        return EditResult(picture, raw, alpha, window, settings)
+        return EditResult(editing.pasted(source, raw, alpha, window), raw, alpha, window, settings)
+
+    def edit_batch(
+        self,
+        sources: Tensor,
+        mask: Tensor,
+        reference: np.ndarray | Reference | ReferenceUse | Sequence[ReferenceUse],
+        settings: EditSettings | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        *,
+        depth: DepthCondition | None = None,
+    ) -> BatchResult:
+        """Repaint a batch of pictures float [B,H,W,3 or 4] in 0..1 under masks float [B,H,W].
+
+        sources, masks and depth: each one, used for all, or as many as the longest. All share the references' work
+        and one window. Soft mask values blend softly; a picture whose own mask is empty comes back as it was.
+        Raises as `edit` does.
+        """
+        source_list = editing.eight_bit_pictures(sources, "source")
+        mask_list = editing.mask_arrays(mask, *sources.shape[1:3])
+        counts = {"source": len(source_list), "mask": len(mask_list)} | ({"depth": len(depth)} if depth else {})
+        count = editing.batch_size(counts)
+        settings = self._completed(settings or EditSettings(), reference)
+        window = editing.edit_window(mask_list, settings)
+        source_list, mask_list = editing.repeated(source_list, count), editing.repeated(mask_list, count)
+        uses = self._uses(reference, settings)
+        raw_list = self._repaint(source_list, mask_list, window, uses, settings, depth, on_progress)
+
+        alpha = np.stack([masks.feather_alpha(one, settings.feather, soft=True) for one in mask_list])
+        alpha *= np.array([masks.binarize(one).any() for one in mask_list])[:, None, None]  # left as they were
+        raw = torch.from_numpy(np.stack(raw_list)).float() / 255
+        pictures = editing.pasted_batch(sources.expand(count, -1, -1, -1), raw, alpha, window)
+        return BatchResult(pictures, raw, torch.from_numpy(alpha).float() / 255, window, settings)
+
+    def _uses(self, reference, settings: EditSettings) -> list[ReferenceUse]:
+        """Whatever a caller gave as reference, as a list of uses."""
+        if isinstance(reference, Reference):
+            return [ReferenceUse(reference, settings.weight)]
+        if isinstance(reference, ReferenceUse):
+            return [reference]
+        if isinstance(reference, (list, tuple)):
+            return list(reference)
+        picture = images.picture_from_array(reference, "reference")
+        return [ReferenceUse(self.encode_reference(picture, settings.size), settings.weight)]
+
+    def _repaint(
+        self,
+        sources: Sequence[np.ndarray],
+        mask_list: Sequence[np.ndarray],
+        window: masks.CropWindow,
+        references: Sequence[ReferenceUse],
+        settings: EditSettings,
+        depth: DepthCondition | None,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> list[np.ndarray]:
+        """The model's answers for the window of each picture, uint8 [h,w,3]; where nothing is masked, the source."""
+        if depth is not None and depth.pictures.shape[1:3] != sources[0].shape[:2]:
+            raise ArgumentError(
+                f"The depth was made for a picture of {depth.pictures.shape[2]} x {depth.pictures.shape[1]} pixels, "
+                f"the source is {sources[0].shape[1]} x {sources[0].shape[0]}. Make it from a picture of that size."
+            )
+        parts = [source[window.slices] for source in sources]
+        part_masks = [mask[window.slices] for mask in mask_list]
+        answers = list(parts)
+        seeds = settings.seeds(len(parts))
+        to_do = [index for index, mask in enumerate(part_masks) if masks.binarize(mask).any()]
+        chunks = [to_do[start : start + settings.at_once] for start in range(0, len(to_do), settings.at_once)]
+        report = self._reporter(references, settings, len(chunks), on_progress)
+        for chunk in chunks:
+            conditions = []
+            for index in chunk:
+                keep_shape, depth_map = settings.keep_shape, None
+                if depth is not None:
+                    keep_shape = depth.strength
+                    depth_map = self._depth_map(depth, index % len(depth), window) if keep_shape else None
+                conditions.append(
+                    self.encode_source(
+                        parts[index], part_masks[index], settings.size, keep_shape=keep_shape, depth_map=depth_map
+                    )
+                )
+            condition = SourceCondition.of(conditions)
+            latents = self.sample(
+                condition,
+                references,
+                initial_noise([seeds[index] for index in chunk], tuple(condition.hole_latents.shape[1:])),
+                self._scheduler(settings),
+                settings.guidance,
+                on_features=report.features,
+                on_step=report.step,
+            )
+            for index, latent in zip(chunk, latents.split(1), strict=True):  # the decoder needs the most memory
+                raw = self._fit(self.decode(latent)[0], *parts[index].shape[:2])
+                answers[index] = editing.color_matched(raw, parts[index], part_masks[index], settings)
+        return answers
+
+    def _scheduler(self, settings: EditSettings):
+        return make_scheduler(self.config["scheduler"], settings.scheduler, settings.steps, settings.spacing)
+
+    def _reporter(self, references, settings: EditSettings, chunks: int, on_progress) -> _Reporter:
+        plan = self._reading_plan(references, self._scheduler(settings))
+        missing = {
+            (id(use.reference), timestep)
+            for timestep, active in plan
+            for use in active
+            if use.reference.missing([timestep])
+        }
+        return _Reporter(on_progress, len(missing), len(missing) + chunks * len(plan), self.preview)
 
     @staticmethod
     def _fit(square: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -342,21 +467,42 @@ class MimicBrush:
         side = max(height, width)
         return images.crop_padding(images.resize_bilinear(square, side, side), height, width)
 
-    def _completed(self, settings: EditSettings) -> EditSettings:
+    def _completed(self, settings: EditSettings, reference) -> EditSettings:
         """Check the settings and fill in the model's defaults."""
+        settings.check()
         defaults = self.config["defaults"]
         filled = {key: defaults[key] for key in ("steps", "guidance", "scheduler") if getattr(settings, key) is None}
-        settings = replace(settings, size=self._size(settings.size), **filled)
-        limits = {
-            "seed": (0, 2**63 - 1),
-            "guidance": (0.0, MAX_GUIDANCE),
-            "weight": (0.0, 10.0),
-            "margin": (0.0, 10.0),
-            "minimum": (1, images.MAX_SIDE),
-            "feather": (0, 256),
-        }
-        for name, (low, high) in limits.items():
-            value = getattr(settings, name)
-            if not low <= value <= high:
-                raise ArgumentError(f"{name} is {value}; it must be between {low} and {high}.")
-        return settings
+        size = settings.size or self.size_of(reference)
+        completed = replace(settings, size=self._size(size), **filled)
+        self._scheduler(completed)  # raises for what does not fit, before any work is done
+        return completed
+
+    def size_of(self, reference) -> int | None:
+        """The size an encoded reference (or the first of several) was encoded for; None for a picture."""
+        if isinstance(reference, (list, tuple)):
+            reference = reference[0] if reference else None
+        encoded = reference.reference if isinstance(reference, ReferenceUse) else reference
+        return encoded.latents.shape[-1] * self.latent_factor if isinstance(encoded, Reference) else None
+
+
+class _Reporter:
+    """Counts an edit's work and tells `on_progress` of it."""
+
+    def __init__(self, on_progress: Callable[[Progress], None] | None, features: int, total: int, preview):
+        self._tell = on_progress or (lambda progress: None)
+        self._features, self._total, self._preview = features, total, preview
+        self._written = self._steps = 0
+
+    def features(self, count: int) -> None:
+        self._written += count
+        self._tell(Progress("reference", min(self._written, self._features), self._total))
+
+    def step(self, info: StepInfo) -> None:
+        self._steps += 1
+        # Features beyond the store's bound are not written ahead: sampling starts after all that were counted.
+        done = self._features + self._steps
+        self._tell(Progress("sampling", done, self._total, lambda: self._preview(info.predicted_latents)))
+
+
+def _device_of(module: torch.nn.Module) -> torch.device:
+    return next(module.parameters()).device
