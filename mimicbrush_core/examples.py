@@ -6,12 +6,12 @@ results.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .training.hole_masks import grown, maskable_parts, object_mask
-from .training.scenes import CLIP_LIKE, HELD_OUT_SEED, render_between_objects, render_pair
+from .training.scenes import CLIP_LIKE, HELD_OUT_SEED, FramePair, render_between_objects, render_pair
 
 EXAMPLE_SIZE = 256
 
@@ -28,15 +28,35 @@ class Example:
 
     def render(self, size: int = EXAMPLE_SIZE) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(source uint8 [S,S,3], mask float32 [S,S] with 1 = repaint, reference uint8 [S,S,3])."""
+        pair, part = self._scene(size)
+        return pair.source, _masked(pair.parts, part, size), pair.reference
+
+    def render_clip(self, frames: int, size: int = EXAMPLE_SIZE) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A little film, in which the source's object moves: sources uint8 [N,S,S,3], masks float32 [N,S,S], and one
+        reference uint8 [S,S,3]. One frame is the picture of `render`."""
+        pair, part = self._scene(size)
+        if frames == 1:
+            return pair.source[None], _masked(pair.parts, part, size)[None], pair.reference
+        sources, mask_list = [], []
+        for frame in range(frames):
+            still = replace(CLIP_LIKE, pose=CLIP_LIKE.pose * frame / (frames - 1), light=0.0, background=0.0)
+            moved = render_pair(HELD_OUT_SEED + self.seed, size, still)
+            sources.append(moved.reference)
+            mask_list.append(_masked(moved.reference_parts, part, size))
+        return np.stack(sources), np.stack(mask_list), pair.reference
+
+    def _scene(self, size: int) -> tuple[FramePair, int | None]:
+        """The frames, and the part that is masked (None: the whole object)."""
         seed = HELD_OUT_SEED + self.seed
         if self.kind == "between objects":
-            pair, part = render_between_objects(seed, size, CLIP_LIKE)
-            mask = pair.parts == part
-        else:
-            pair = render_pair(seed, size, CLIP_LIKE)
-            whole = self.kind == "object"
-            mask = object_mask(pair.parts, 0) if whole else pair.parts == _largest_part(pair.parts)
-        return pair.source, grown(mask, 2 * size // 128).astype(np.float32), pair.reference
+            return render_between_objects(seed, size, CLIP_LIKE)
+        pair = render_pair(seed, size, CLIP_LIKE)
+        return pair, None if self.kind == "object" else _largest_part(pair.parts)
+
+
+def _masked(parts: np.ndarray, part: int | None, size: int) -> np.ndarray:
+    mask = object_mask(parts, 0) if part is None else parts == part
+    return grown(mask, 2 * size // 128).astype(np.float32)
 
 
 def _largest_part(parts: np.ndarray) -> int:
