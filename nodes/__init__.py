@@ -1,0 +1,33 @@
+"""The nodes. This package is the only one that knows ComfyUI; the work is done in `mimicbrush_core`."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .depth import DepthConditionNode
+from .examples import ExamplePictures
+from .files import ConvertMimicBrush, DownloadMimicBrush
+from .host import register_model_folder
+from .load import LoadMimicBrush
+from .reference import CombineReferences, EncodeReference
+from .sampler import ImitativeSampler
+
+NODES: list[type[io.ComfyNode]] = [
+    LoadMimicBrush,
+    EncodeReference,
+    CombineReferences,
+    DepthConditionNode,
+    ImitativeSampler,
+    ExamplePictures,
+    DownloadMimicBrush,
+    ConvertMimicBrush,
+]
+
+register_model_folder()
+
+
+class MimicBrushExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+async def comfy_entrypoint() -> MimicBrushExtension:
+    return MimicBrushExtension()

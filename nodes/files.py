@@ -1,0 +1,116 @@
+"""Download MimicBrush and Convert MimicBrush: getting the released weights, only when asked to."""
+
+from __future__ import annotations
+
+import os
+
+from comfy_api.latest import io, ui
+
+from ..mimicbrush_core.convert import PRECISIONS, convert
+from ..mimicbrush_core.errors import OutputError
+from ..mimicbrush_core.hub import download, plan_download
+from . import host
+from .schema import schema
+
+RELEASE_FOLDER = "mimicbrush_release"
+SHOW, FETCH = "only show what it would fetch", "download"
+
+
+class DownloadMimicBrush(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="MimicBrushDownload",
+            display_name="Download MimicBrush",
+            description=(
+                "Fetches the released weights (about 10 GB) from their authors' page into the models folder: pinned to "
+                "one version, checked by hash, and resumed where it stopped. They have a licence of their own. "
+                "Afterwards Convert MimicBrush makes one file of them."
+            ),
+            search_aliases=["mimicbrush", "download weights", "get model"],
+            is_output_node=True,
+            inputs=[
+                io.Combo.Input(
+                    "action",
+                    options=[SHOW, FETCH],
+                    default=SHOW,
+                    tooltip="Showing asks the page for the list of files and fetches nothing.",
+                ),
+                io.String.Input(
+                    "folder",
+                    default=RELEASE_FOLDER,
+                    tooltip="Name of the folder inside models/ for the files as published.",
+                ),
+            ],
+            outputs=[io.String.Output("release", display_name="release", tooltip="The folder's name, for Convert.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, action, folder) -> float:
+        return float("nan")  # the disk may have changed: never answered from the cache
+
+    @classmethod
+    def execute(cls, action, folder) -> io.NodeOutput:
+        progress = host.TransferProgress()
+
+        def show(one) -> None:
+            progress((one.name, one.stage), one.done, one.total)
+
+        plan = plan_download(host.release_folder(folder), on_progress=show)
+        listed = [f"{file.size / 1e6:,.1f} MB  {file.name}" for file in plan.missing]
+        if action == FETCH:
+            download(plan, show)
+            text = f"Complete and verified: {plan.folder}"
+        elif listed:
+            text = "\n".join([f"{plan.repository}, commit {plan.revision}", *listed, f"into {plan.folder}"])
+        else:
+            text = f"Nothing to fetch: {plan.folder} is complete and verified."
+        return io.NodeOutput(folder, ui=ui.PreviewText(text))
+
+
+class ConvertMimicBrush(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="MimicBrushConvert",
+            display_name="Convert MimicBrush",
+            description=(
+                "Makes one .safetensors file in models/mimicbrush of the weights as published. Needed once; Load "
+                "MimicBrush lists the file after R is pressed."
+            ),
+            search_aliases=["mimicbrush", "convert weights", "safetensors"],
+            is_output_node=True,
+            inputs=[
+                io.String.Input(
+                    "release",
+                    default=RELEASE_FOLDER,
+                    tooltip="Name of the folder inside models/ that holds the files as published.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    default="fp16",
+                    tooltip="fp16: half the size, and exactly what loading the published files in fp16 gives.",
+                ),
+                io.String.Input("name", default="mimicbrush", tooltip="Name of the new file, without ending."),
+            ],
+            outputs=[io.String.Output("model_name", display_name="model name", tooltip="As Load MimicBrush lists it.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, release, precision, name) -> float:
+        return float("nan")
+
+    @classmethod
+    def execute(cls, release, precision, name) -> io.NodeOutput:
+        file_name = name.removesuffix(host.EXTENSION) + host.EXTENSION
+        if file_name != os.path.basename(file_name) or file_name == host.EXTENSION or "\\" in file_name:
+            raise OutputError(f"The name {name!r} must be one plain file name, without a path.")
+        folder = host.model_folder()
+        os.makedirs(folder, exist_ok=True)
+        progress = host.TransferProgress()
+        written = convert(
+            host.release_folder(release), os.path.join(folder, file_name), precision=precision, on_progress=progress
+        )
+        text = f"Wrote {written} ({written.stat().st_size / 1e9:.2f} GB), checked. Press R and choose it in Load."
+        return io.NodeOutput(file_name, ui=ui.PreviewText(text))

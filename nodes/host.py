@@ -1,0 +1,164 @@
+"""What the nodes ask of ComfyUI: its model folder, its memory manager, its progress bar."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import comfy.model_management
+import comfy.model_patcher
+import folder_paths
+import torch
+from comfy.utils import ProgressBar
+from PIL import Image
+
+from ..mimicbrush_core.editing import Progress
+from ..mimicbrush_core.systems.mimicbrush import MimicBrush
+
+FOLDER = "mimicbrush"
+EXTENSION = ".safetensors"
+
+PREVIEW_SIDE = 512
+PREVIEW_SHARE = 0.1
+"""Previews may take this share of the time, at most."""
+
+# --- files ---------------------------------------------------------------------------------------------------
+
+
+def register_model_folder() -> None:
+    """Make `models/mimicbrush` known, beside what extra_model_paths.yaml gives; it lists only safetensors files."""
+    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
+    folders, extensions = folder_paths.folder_names_and_paths[FOLDER]
+    # A folder that only the yaml or the call above named has no extensions yet, which would list every file.
+    folder_paths.folder_names_and_paths[FOLDER] = (folders, {*extensions, EXTENSION})
+
+
+def model_files() -> list[str]:
+    return folder_paths.get_filename_list(FOLDER)
+
+
+def model_folder() -> str:
+    """Where new model files go."""
+    return folder_paths.get_folder_paths(FOLDER)[0]
+
+
+def model_path(name: str) -> str:
+    return folder_paths.get_full_path_or_raise(FOLDER, name)
+
+
+def release_folder(name: str) -> str:
+    """A folder for the files as published, beside the model folder so that its parts are not listed as models.
+
+    `name` comes from a workflow and is not trusted: it must be one plain folder name.
+    """
+    if name in ("", ".", "..") or name != os.path.basename(name) or "\\" in name or ":" in name:
+        raise ValueError(f"The folder name {name!r} must be one plain name, without a path.")
+    return os.path.join(folder_paths.models_dir, name)
+
+
+# --- memory --------------------------------------------------------------------------------------------------
+
+
+PART_GROUPS = {
+    "pictures": ("vae", "depth_projector"),
+    "image": ("image_encoder", "image_projection"),
+    "depth": ("depth_network",),
+    "unets": ("unet", "reference_unet"),
+}
+"""Which parts go to the device together: modules that are not the manager's own must be on it or off it, whole."""
+
+
+class LoadedMimicBrush:
+    """A MimicBrush whose weights ComfyUI's memory manager moves; what a MIMICBRUSH_MODEL wire carries."""
+
+    def __init__(self, model: MimicBrush):
+        self.model = model
+        device = comfy.model_management.get_torch_device()
+        offload = comfy.model_management.unet_offload_device()
+        self._patchers = {
+            group: comfy.model_patcher.ModelPatcher(
+                MimicBrushParts({name: getattr(model.modules, name) for name in names}), device, offload
+            )
+            for group, names in PART_GROUPS.items()
+        }
+
+    def bring(self, *groups: str, size: int | None = None, pictures: int = 1) -> MimicBrush:
+        """The model, with these groups on the device together and room for the work on `pictures` of `size`."""
+        comfy.model_management.load_models_gpu(
+            [self._patchers[group] for group in groups],
+            memory_required=working_memory(size or self.model.config["defaults"]["size"], pictures, self.model.dtype),
+            force_full_load=True,
+        )
+        return self.model
+
+
+class MimicBrushParts(torch.nn.Module):
+    """A plain module around models whose own `device` cannot be set, as the manager needs to."""
+
+    def __init__(self, parts: dict[str, torch.nn.Module]):
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+
+def working_memory(size: int, pictures: int, dtype: torch.dtype) -> int:
+    """Bytes beside the weights, generously: the VAE's decoder (one picture), or the U-Net's rows if they need more."""
+    item = torch.finfo(dtype).bits // 8
+    decoder = 2200 * size * size * item
+    rows = 2 * pictures * 5000 * (size // 8) ** 2 * item
+    return max(decoder, rows)
+
+
+def computing_dtype(precision: str) -> torch.dtype:
+    """The type of a precision's name; auto: fp16 or bf16 where the device is good at it, else fp32."""
+    named = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    if precision in named:
+        return named[precision]
+    device = comfy.model_management.get_torch_device()
+    if comfy.model_management.should_use_fp16(device):
+        return torch.float16
+    return torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float32
+
+
+# --- progress ------------------------------------------------------------------------------------------------
+
+
+def stop_if_interrupted() -> None:
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+class EditProgress:
+    """Shows an edit's progress and previews on the running node, and ends it when the user cancels."""
+
+    def __init__(self):
+        self._bar: ProgressBar | None = None
+        self._next_preview = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        stop_if_interrupted()
+        if self._bar is None:
+            self._bar = ProgressBar(progress.total)
+        self._bar.update_absolute(progress.done, progress.total, self._preview(progress))
+
+    def _preview(self, progress: Progress):
+        started = time.monotonic()
+        if progress.preview is None or started < self._next_preview:
+            return None
+        picture = Image.fromarray(progress.preview())
+        taken = time.monotonic() - started
+        self._next_preview = started + taken / PREVIEW_SHARE
+        return "JPEG", picture, PREVIEW_SIDE
+
+
+class TransferProgress:
+    """Shows bytes done of bytes in all; a new bar for each file or stage."""
+
+    def __init__(self):
+        self._bar: ProgressBar | None = None
+        self._what: object = None
+
+    def __call__(self, what: object, done: int, total: int) -> None:
+        stop_if_interrupted()
+        if what != self._what:
+            self._bar, self._what = ProgressBar(max(1, total)), what
+        self._bar.update_absolute(done, max(1, total))

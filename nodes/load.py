@@ -1,0 +1,79 @@
+"""Load MimicBrush."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from comfy_api.latest import io
+
+from ..mimicbrush_core.checkpoints import embedded_model_path
+from ..mimicbrush_core.systems.mimicbrush import MimicBrush
+from . import host
+from .schema import MODEL, schema
+
+EMBEDDED = "embedded: MimicBrush small"
+PRECISIONS = ["auto", "fp16", "bf16", "fp32"]
+
+
+class LoadMimicBrush(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="MimicBrushLoad",
+            display_name="Load MimicBrush",
+            description=(
+                "Loads a MimicBrush model from models/mimicbrush. The embedded model needs no download: it knows drawn "
+                "toy objects at 128 pixels and is there to try the workflows out."
+            ),
+            search_aliases=["mimicbrush", "reference imitation", "imitation model", "load mimic brush"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=[*host.model_files(), EMBEDDED],
+                    tooltip="A .safetensors file in models/mimicbrush (made by Convert MimicBrush), or the small "
+                    "embedded model.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=PRECISIONS,
+                    default="auto",
+                    tooltip="auto: half precision where the graphics card is good at it, else fp32. fp16 halves the "
+                    "memory; bf16 is for cards that are faster in it; fp32 is the most exact. The depth network "
+                    "always computes in fp32.",
+                ),
+            ],
+            outputs=[
+                MODEL.Output(
+                    "model",
+                    display_name="model",
+                    tooltip="For Encode Reference, Depth Condition and Imitative Sampler.",
+                )
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model_name) -> bool | str:
+        if model_name == EMBEDDED or model_name in host.model_files():
+            return True
+        return (
+            f"There is no model {model_name!r} in models/mimicbrush. Put the file into {host.model_folder()} (Download "
+            f"MimicBrush and Convert MimicBrush make it there), press R, and choose it; or choose {EMBEDDED!r}."
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name, precision) -> tuple:
+        path = _path(model_name)
+        state = os.stat(path)
+        return model_name, precision, state.st_mtime_ns, state.st_size
+
+    @classmethod
+    def execute(cls, model_name, precision) -> io.NodeOutput:
+        # Weights made under inference mode could never be moved or changed outside of it.
+        with torch.inference_mode(False):
+            model = MimicBrush.load(_path(model_name), dtype=host.computing_dtype(precision))
+        return io.NodeOutput(host.LoadedMimicBrush(model))
+
+
+def _path(model_name: str) -> str:
+    return str(embedded_model_path()) if model_name == EMBEDDED else host.model_path(model_name)
