@@ -148,7 +148,9 @@ class SingleFile:
     def state(self, part: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of one part under the names of `like`, memory-mapped."""
         tensors = self._file.tensors(part + ".")
-        return {name.removeprefix(part + "."): value for name, value in tensors.items()}
+        state = {name.removeprefix(part + "."): value for name, value in tensors.items()}
+        # A file may have been written beside another version of transformers than reads it.
+        return keys.other_transformers_keys(part, state, like)
 
 
 def _config_of(file: SafetensorsFile) -> dict:

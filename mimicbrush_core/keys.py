@@ -27,6 +27,17 @@ def image_encoder_keys(state: Mapping[str, Tensor], layers: int, like: Mapping[s
     return result
 
 
+def other_transformers_keys(part: str, state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> State:
+    """A part as another version of transformers named it -> the names of `like`; other parts are as they were."""
+    if part == "depth_network":
+        return transformers_depth_keys(state, like)
+    if part == "image_encoder":
+        prefix = "vision_model."
+        wanted = prefix if any(key.startswith(prefix) for key in like) else ""
+        return {wanted + key.removeprefix(prefix): value for key, value in state.items()}
+    return dict(state)
+
+
 def is_official_depth_anything(state: Mapping[str, Tensor]) -> bool:
     return "pretrained.cls_token" in state
 

@@ -12,7 +12,8 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mimicbrush_core.checkpoints import METADATA_KEY, load_modules, save_modules
+from mimicbrush_core import keys
+from mimicbrush_core.checkpoints import METADATA_KEY, embedded_model_path, load_modules, save_modules
 from mimicbrush_core.errors import ModelFileError, OutputError
 from mimicbrush_core.modules import bundled_config
 from mimicbrush_core.systems.mimicbrush import MimicBrush
@@ -435,3 +436,23 @@ def test_code_in_a_pickle_is_never_executed(folder, config, tmp_path, file, how)
     assert not marker.exists()
     pickle.loads(pickle.dumps(content["unet"]))
     assert marker.exists(), "the marker itself works"
+
+
+@pytest.mark.parametrize("version", ["4.x", "5.x"])
+def test_a_file_written_beside_another_transformers_loads(tmp_path, version):
+    """transformers renamed DINOv2's attention, and dropped CLIP's `vision_model.` in places."""
+    renamed = {}
+    with safe_open(embedded_model_path(), "pt") as file:
+        metadata = file.metadata()
+        for name in file.keys():  # noqa: SIM118  (a handle, not a dict)
+            new = name
+            for old_name, new_name in keys._DEPTH_ATTENTION_NAMES:
+                pair = (old_name, new_name) if version == "5.x" else (new_name, old_name)
+                new = new.replace(*pair) if name.startswith("depth_network.") else new
+            if name.startswith("image_encoder."):
+                bare = name.replace("image_encoder.vision_model.", "image_encoder.")
+                new = bare if version == "5.x" else bare.replace("image_encoder.", "image_encoder.vision_model.")
+            renamed[new] = file.get_tensor(name)
+    path = tmp_path / "renamed.safetensors"
+    save_file(renamed, path, metadata)
+    assert_equal_states(states(load_modules(path)[0]), states(load_modules(embedded_model_path())[0]))
