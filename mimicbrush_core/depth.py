@@ -104,6 +104,18 @@ class DepthCondition:
         return square[:, top : top + height, left : left + width].clamp(0, 1)
 
 
+    def check_visible(self, index: int, hole: np.ndarray) -> None:
+        """Raise PictureError where the network would look at a hole: bool [H,W], the pixels to repaint.
+
+        Some versions of ComfyUI's frontend save masked pixels as black, and then there is no shape to keep.
+        """
+        if self.drawn is None and self.strength > 0 and hole.any() and not self.pictures[index][hole].any():
+            raise PictureError(
+                "The picture given for the depth is pure black under the mask, so there is no shape to keep. Take the "
+                "depth from the picture before it was masked, or connect a depth picture, or leave the depth away."
+            )
+
+
 def fitted_depth_pictures(drawn: Tensor, height: int, width: int) -> Tensor:
     """Depth pictures float [B,h,w] in 0..1, resized to a picture's [B,height,width].
 

@@ -414,6 +414,8 @@ class MimicBrush:
                 f"The depth was made for a picture of {depth.pictures.shape[2]} x {depth.pictures.shape[1]} pixels, "
                 f"the source is {sources[0].shape[1]} x {sources[0].shape[0]}. Make it from a picture of that size."
             )
+        for index, mask in enumerate(mask_list if depth is not None else ()):
+            depth.check_visible(index % len(depth), masks.binarize(mask))
         parts = [source[window.slices] for source in sources]
         part_masks = [mask[window.slices] for mask in mask_list]
         answers = list(parts)
