@@ -89,7 +89,7 @@ def _check_output(path: Path, overwrite: bool) -> None:
     if path.is_dir():
         raise OutputError(f"The output {path} is a folder. Choose another name.")
     if path.exists() and not overwrite:
-        raise OutputError(f"The output {path} exists already. Choose another name, or add --overwrite.")
+        raise OutputError(f"The output {path} exists already. Choose another name, or allow it to be overwritten.")
 
 
 def _check_not_source(output: Path, model: SingleFile | OriginalFiles) -> None:

@@ -171,10 +171,7 @@ def manual_steps(folder: Path, names: Iterable[str], repository: str = REPOSITOR
     ]
     for name in names:
         lines.append(f"  {folder / name}\n    from {page}/resolve/{revision}/{quote(name)}")
-    lines.append(
-        "Then run the same command again where there is a network to have them verified, or use them as "
-        f"they are: --model {folder}"
-    )
+    lines.append("Then download again where there is a network to have them verified, or use them as they are.")
     return "\n".join(lines)
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import reading_blocks
+from .errors import ArgumentError
 
 DEFAULT_STORE_BYTES = 2 << 30
 """Bound of one reference's store: 50 timesteps at 512 px take 0.7 GB in float16, 1.4 GB in float32."""
@@ -172,6 +173,17 @@ class ReferenceUse:
     def active(self, step: int, steps: int) -> bool:
         """Whether it is read in step 0..steps-1."""
         return self.weight > 0 and self.start <= step / steps < self.end
+
+
+def combined(uses: list[ReferenceUse]) -> list[ReferenceUse]:
+    """References to be read together; raises ArgumentError where they are of different models or sizes."""
+    first = uses[0].reference
+    for use in uses[1:]:
+        if use.reference.owner is not first.owner:
+            raise ArgumentError("The references were encoded by different models. Encode all of them with one model.")
+        if use.reference.latents.shape != first.latents.shape:
+            raise ArgumentError("The references were encoded for different sizes. Give all of them the same size.")
+    return uses
 
 
 def _tokens_in(region: Tensor, count: int) -> Tensor:

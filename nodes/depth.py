@@ -5,8 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..mimicbrush_core.editing import eight_bit_pictures
-from .host import LoadedMimicBrush, stop_if_interrupted
-from .schema import DEPTH, MODEL, schema
+from .host import LoadedMimicBrush, TaskProgress
+from .schema import DEPTH, MODEL, check_choice, schema
 
 NEAR = ["near is white", "near is black"]
 
@@ -63,11 +63,13 @@ class DepthConditionNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: LoadedMimicBrush, source, strength, depth_reads, depth_picture=None) -> io.NodeOutput:
-        stop_if_interrupted()
+        check_choice("depth_reads", depth_reads, NEAR)
+        progress = TaskProgress()
         depth = model.bring("depth").depth_condition(
             eight_bit_pictures(source, "source"),
             None if depth_picture is None else depth_picture[..., :3].mean(dim=-1),
             near_is_white=depth_reads == NEAR[0],
             strength=strength,
+            on_picture=lambda done, total: progress("depth", done, total),
         )
         return io.NodeOutput(depth, depth.as_pictures()[..., None].expand(-1, -1, -1, 3).cpu().contiguous())

@@ -6,7 +6,7 @@ import torch
 from comfy_api.latest import io
 
 from ..mimicbrush_core.examples import EXAMPLES
-from .schema import schema
+from .schema import check_choice, schema
 
 TITLES = {example.title: example for example in EXAMPLES}
 
@@ -42,6 +42,7 @@ class ExamplePictures(io.ComfyNode):
 
     @classmethod
     def execute(cls, example, size, frames) -> io.NodeOutput:
+        check_choice("example", example, TITLES)
         pictures, masks, reference = TITLES[example].render_clip(frames, size)
         return io.NodeOutput(_image(pictures), torch.from_numpy(masks), _image(reference[None]))
 

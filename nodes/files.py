@@ -7,7 +7,6 @@ import os
 from comfy_api.latest import io, ui
 
 from ..mimicbrush_core.convert import PRECISIONS, convert
-from ..mimicbrush_core.errors import OutputError
 from ..mimicbrush_core.hub import download, plan_download
 from . import host
 from .schema import schema
@@ -51,7 +50,7 @@ class DownloadMimicBrush(io.ComfyNode):
 
     @classmethod
     def execute(cls, action, folder) -> io.NodeOutput:
-        progress = host.TransferProgress()
+        progress = host.TaskProgress()
 
         def show(one) -> None:
             progress((one.name, one.stage), one.done, one.total)
@@ -103,12 +102,10 @@ class ConvertMimicBrush(io.ComfyNode):
 
     @classmethod
     def execute(cls, release, precision, name) -> io.NodeOutput:
-        file_name = name.removesuffix(host.EXTENSION) + host.EXTENSION
-        if file_name != os.path.basename(file_name) or file_name == host.EXTENSION or "\\" in file_name:
-            raise OutputError(f"The name {name!r} must be one plain file name, without a path.")
+        file_name = host.plain_name(name.removesuffix(host.EXTENSION)) + host.EXTENSION
         folder = host.model_folder()
         os.makedirs(folder, exist_ok=True)
-        progress = host.TransferProgress()
+        progress = host.TaskProgress()
         written = convert(
             host.release_folder(release), os.path.join(folder, file_name), precision=precision, on_progress=progress
         )

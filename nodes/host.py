@@ -13,6 +13,7 @@ from comfy.utils import ProgressBar
 from PIL import Image
 
 from ..mimicbrush_core.editing import Progress
+from ..mimicbrush_core.errors import ArgumentError
 from ..mimicbrush_core.systems.mimicbrush import MimicBrush
 
 FOLDER = "mimicbrush"
@@ -51,9 +52,16 @@ def release_folder(name: str) -> str:
 
     `name` comes from a workflow and is not trusted: it must be one plain folder name.
     """
-    if name in ("", ".", "..") or name != os.path.basename(name) or "\\" in name or ":" in name:
-        raise ValueError(f"The folder name {name!r} must be one plain name, without a path.")
+    if plain_name(name) == FOLDER:
+        raise ArgumentError(f"The folder {name!r} holds converted models. Choose another name for these files.")
     return os.path.join(folder_paths.models_dir, name)
+
+
+def plain_name(name: str) -> str:
+    """The name itself, if it is one plain file or folder name on every system."""
+    if name.strip(". ") == "" or name != os.path.basename(name) or "\\" in name or ":" in name:
+        raise ArgumentError(f"The name {name!r} must be one plain name, without a path.")
+    return name
 
 
 # --- memory --------------------------------------------------------------------------------------------------
@@ -150,8 +158,8 @@ class EditProgress:
         return "JPEG", picture, PREVIEW_SIDE
 
 
-class TransferProgress:
-    """Shows bytes done of bytes in all; a new bar for each file or stage."""
+class TaskProgress:
+    """Shows how much of a task is done (bytes, pictures); a new bar for each file or stage. Ends it on cancel."""
 
     def __init__(self):
         self._bar: ProgressBar | None = None

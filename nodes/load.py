@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..mimicbrush_core.checkpoints import embedded_model_path
 from ..mimicbrush_core.systems.mimicbrush import MimicBrush
 from . import host
-from .schema import MODEL, schema
+from .schema import MODEL, check_choice, schema
 
 EMBEDDED = "embedded: MimicBrush small"
 PRECISIONS = ["auto", "fp16", "bf16", "fp32"]
@@ -54,7 +54,8 @@ class LoadMimicBrush(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name) -> bool | str:
-        if model_name == EMBEDDED or model_name in host.model_files():
+        # None: it comes over a wire and is not known yet.
+        if model_name is None or model_name == EMBEDDED or model_name in host.model_files():
             return True
         return (
             f"There is no model {model_name!r} in models/mimicbrush. Put the file into {host.model_folder()} (Download "
@@ -63,12 +64,15 @@ class LoadMimicBrush(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name, precision) -> tuple:
+        if model_name is None:
+            return ()  # it comes over a wire; the host looks at where it comes from
         path = _path(model_name)
         state = os.stat(path)
         return model_name, precision, state.st_mtime_ns, state.st_size
 
     @classmethod
     def execute(cls, model_name, precision) -> io.NodeOutput:
+        check_choice("precision", precision, PRECISIONS)
         # Weights made under inference mode could never be moved or changed outside of it.
         with torch.inference_mode(False):
             model = MimicBrush.load(_path(model_name), dtype=host.computing_dtype(precision))

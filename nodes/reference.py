@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..mimicbrush_core.editing import batch_size, eight_bit_pictures, repeated
 from ..mimicbrush_core.errors import ArgumentError
-from ..mimicbrush_core.references import ReferenceUse
+from ..mimicbrush_core.references import ReferenceUse, combined
 from .host import LoadedMimicBrush, stop_if_interrupted
 from .schema import MODEL, REFERENCE, schema
 
@@ -80,6 +80,8 @@ class EncodeReference(io.ComfyNode):
         if start >= end:
             raise ArgumentError(f"start is {start} and end is {end}: the reference would never be read. Lower start.")
         pictures = eight_bit_pictures(picture, "reference")
+        if mask is not None and mask.ndim == 2:
+            mask = mask[None]  # as some packs give it
         masks = [None] if mask is None else [one.cpu().float().numpy() for one in mask]
         count = batch_size({"reference": len(pictures), "reference mask": len(masks)})
         brush = model.bring("image", "pictures", "depth")
@@ -111,4 +113,4 @@ class CombineReferences(io.ComfyNode):
     @classmethod
     def execute(cls, reference_1, reference_2, reference_3=None, reference_4=None) -> io.NodeOutput:
         given = (reference_1, reference_2, reference_3, reference_4)
-        return io.NodeOutput([use for uses in given if uses is not None for use in uses])
+        return io.NodeOutput(combined([use for uses in given if uses is not None for use in uses]))

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..mimicbrush_core.editing import EditSettings
 from ..mimicbrush_core.sampling import MAX_STEPS, SCHEDULERS, SPACINGS
 from .host import EditProgress, LoadedMimicBrush
-from .schema import DEPTH, MODEL, REFERENCE, schema
+from .schema import DEPTH, MODEL, REFERENCE, check_choice, schema
 
 MODELS_OWN = "model's own"
 SAME_SEED, COUNT_UP = "same for all", "count up"
@@ -136,6 +136,7 @@ class ImitativeSampler(io.ComfyNode):
         cls, model: LoadedMimicBrush, source, mask, reference, seed, steps, guidance, sampler, scheduler, zoom,
         zoom_margin, feather, color_match, batch_seeds, at_once, depth=None,
     ) -> io.NodeOutput:  # fmt: skip
+        check_choice("batch_seeds", batch_seeds, (SAME_SEED, COUNT_UP))
         settings = EditSettings(
             seed=seed,
             steps=steps or None,

@@ -4,6 +4,8 @@ from dataclasses import fields
 
 from comfy_api.latest import io
 
+from ..mimicbrush_core.errors import ArgumentError
+
 CATEGORY = "MimicBrush"
 
 MODEL = io.Custom("MIMICBRUSH_MODEL")  # host.LoadedMimicBrush
@@ -15,3 +17,9 @@ def schema(**settings) -> io.Schema:
     """A schema in the pack's category, without the fields this host does not know (`search_aliases` came in 0.11)."""
     known = {field.name for field in fields(io.Schema)}
     return io.Schema(**{"category": CATEGORY} | {name: value for name, value in settings.items() if name in known})
+
+
+def check_choice(name: str, value: object, options) -> None:
+    """Refuse what is none of a list's options: ComfyUI 0.3.64 does not, and no version does for what a wire brings."""
+    if value not in options:
+        raise ArgumentError(f"{name} is {value!r}; it must be one of: {', '.join(options)}.")

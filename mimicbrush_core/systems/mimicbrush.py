@@ -169,15 +169,21 @@ class MimicBrush:
         *,
         near_is_white: bool = True,
         strength: float = 1.0,
+        on_picture: Callable[[int, int], None] | None = None,
     ) -> DepthCondition:
         """The shapes to keep of pictures uint8 [H,W,3], one per edited picture or one for all.
 
         drawn float [B,h,w] in 0..1: the artist's own depth pictures; default: what the network sees.
         Where they are used, 1 stands for the nearest the network sees in the same picture, 0 for 0.
+        on_picture(done, total) is called before each picture and may raise to cancel.
         """
         if not 0 <= strength <= 1:
             raise ArgumentError(f"The depth strength is {strength}; it must be between 0 and 1.")
-        maps = [self.estimate_depth(images.pad_to_square(picture, WHITE)) for picture in pictures]
+        maps = []
+        for picture in pictures:
+            if on_picture is not None:
+                on_picture(len(maps), len(pictures))
+            maps.append(self.estimate_depth(images.pad_to_square(picture, WHITE)))
         nearest = torch.stack([one.max() for one in maps]).clamp_min(torch.finfo(torch.float32).tiny)
         if drawn is not None:
             drawn = fitted_depth_pictures(drawn, *pictures[0].shape[:2])
@@ -313,8 +319,8 @@ class MimicBrush:
             raise ArgumentError("The reference was encoded by another model. Encode it again with this one.")
         if reference.latents.shape[-2:] != noise.shape[-2:]:
             raise ArgumentError(
-                f"The reference was encoded for latents of {tuple(reference.latents.shape[-2:])}, this edit has "
-                f"{tuple(noise.shape[-2:])}. Encode the reference for the same size as the edit."
+                f"The reference was encoded for a size of {self.size_of(reference)}, this edit has "
+                f"{noise.shape[-1] * self.latent_factor}. Encode the reference for the same size as the edit."
             )
 
     @torch.no_grad()
