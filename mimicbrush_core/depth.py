@@ -103,7 +103,6 @@ class DepthCondition:
         top, left = (side - height) // 2, (side - width) // 2
         return square[:, top : top + height, left : left + width].clamp(0, 1)
 
-
     def check_visible(self, index: int, hole: np.ndarray) -> None:
         """Raise PictureError where the network would look at a hole: bool [H,W], the pixels to repaint.
 
