@@ -95,9 +95,12 @@ def latent_mask(model_mask: np.ndarray, scale_factor: int) -> torch.Tensor:
 
 
 def latent_coverage(mask: np.ndarray, size: int, scale_factor: int) -> torch.Tensor:
-    """How much of each latent cell a mask `[H, W]` covers, float32 `[1, 1, size / f, size / f]` in 0..1."""
-    model_mask = torch.from_numpy(mask_for_model(mask, size))[None, None]
-    return F.avg_pool2d(model_mask, scale_factor)
+    """How much of each latent cell a mask `[H, W]` covers, float32 `[1, 1, size / f, size / f]` in 0..1.
+
+    Counted at the mask's own resolution, so that no region is too small to count.
+    """
+    square = torch.from_numpy(pad_to_square(binarize(mask), False)).float()
+    return F.adaptive_avg_pool2d(square[None, None], size // scale_factor)
 
 
 # -------------------- feathering and pasting

@@ -118,8 +118,8 @@ class Reference:
                 on_batch(len(batch))
 
     def missing(self, timesteps: Sequence[float]) -> list[float]:
-        """Those of `timesteps` whose features are not known."""
-        return [float(t) for t in timesteps if float(t) not in self._store]
+        """Those of `timesteps` whose features are not known, each once."""
+        return [t for t in dict.fromkeys(map(float, timesteps)) if t not in self._store]
 
     def banks_at(self, reference_unet: nn.Module, timestep: float) -> dict[str, Tensor]:
         """The features of one timestep, {block name: [1,M,C]}: from the store, or computed now."""

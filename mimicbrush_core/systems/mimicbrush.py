@@ -265,10 +265,10 @@ class MimicBrush:
         on_features(n): after n more features were written ahead; it may raise to cancel, like on_step.
         """
         plan = self._reading_plan(references, scheduler)
-        for use in references:
-            self._check_reference(use.reference, noise)
-            read_at = [timestep for timestep, active in plan if use in active]
-            use.reference.prepare(self.modules.reference_unet, read_at, on_batch=on_features)
+        for reference in dict.fromkeys(use.reference for use in references):  # once, if it is used twice
+            self._check_reference(reference, noise)
+            read_at = [timestep for timestep, active in plan if any(use.reference is reference for use in active)]
+            reference.prepare(self.modules.reference_unet, read_at, on_batch=on_features)
 
         batch, device = len(noise), self.device
         beside = condition.channels().to(device, self.dtype).expand(batch, -1, -1, -1)
