@@ -1,0 +1,202 @@
+"""The help pages' pictures of what each setting does, made with the embedded model. From the repository's root, with
+this package installed (`pip install -e .`, or PYTHONPATH=.):
+
+    python docs/make_effects.py        # writes web/docs/images/*.jpg
+
+Run it again when the embedded model changes. Example sets, seed 0, the model's own settings; in each sheet only the
+named setting varies.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from mimicbrush_core.checkpoints import embedded_model_path
+from mimicbrush_core.editing import EditSettings
+from mimicbrush_core.examples import EXAMPLES
+from mimicbrush_core.images import resize_bilinear
+from mimicbrush_core.references import ReferenceUse
+from mimicbrush_core.sheets import BACKGROUND, INK, show_mask
+from mimicbrush_core.systems.mimicbrush import MimicBrush
+
+FOLDER = Path(__file__).parents[1] / "web" / "docs" / "images"
+MAX_BYTES = 40_000
+
+COLUMNS = 2  # the help is a narrow column at the side of the screen
+TILE = 256
+GAP = 6
+LABEL_HEIGHT = 30
+FONT = ImageFont.load_default(size=22)
+
+EXAMPLE = {example.name: example for example in EXAMPLES}
+WALL = (44, 56, 80)
+DIM = 0.45
+
+Panel = tuple[str, np.ndarray]
+
+
+# --- sheets --------------------------------------------------------------------------------------------------
+
+
+def sheet(panels: list[Panel], tile: int) -> Image.Image:
+    """Labelled pictures, two in a row; the labels are names and values of inputs, which no language changes."""
+    rows = -(-len(panels) // COLUMNS)
+    picture = Image.new("RGB", (COLUMNS * (tile + GAP) + GAP, rows * (tile + LABEL_HEIGHT) + GAP), BACKGROUND)
+    draw = ImageDraw.Draw(picture)
+    for index, (label, content) in enumerate(panels):
+        x, y = GAP + index % COLUMNS * (tile + GAP), index // COLUMNS * (tile + LABEL_HEIGHT)
+        draw.text((x + 2, y + LABEL_HEIGHT / 2), label, fill=INK, font=FONT, anchor="lm")
+        picture.paste(Image.fromarray(resize_bilinear(content, tile, tile)), (x, y + LABEL_HEIGHT))
+    return picture
+
+
+def write(name: str, panels: list[Panel], tile: int = TILE) -> None:
+    """web/docs/images/NAME.jpg, in the best quality that is small enough."""
+    for quality in (88, 80, 72, 64):
+        data = io.BytesIO()
+        sheet(panels, tile).save(data, "JPEG", quality=quality, optimize=True)
+        if data.tell() <= MAX_BYTES:
+            break
+    else:
+        raise SystemExit(f"{name}.jpg has {data.tell()} bytes at quality {quality}; {MAX_BYTES} are allowed.")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER / f"{name}.jpg").write_bytes(data.getvalue())
+
+
+def series(name: str, values: list[float], result: Callable[[float], np.ndarray]) -> list[Panel]:
+    return [(f"{name} {value:g}", result(value)) for value in values]
+
+
+def given(source: np.ndarray, mask: np.ndarray, reference: np.ndarray) -> list[Panel]:
+    return [("source, mask", show_mask(source, mask)), ("reference", reference)]
+
+
+# --- the settings --------------------------------------------------------------------------------------------
+
+
+def of_reference(model: MimicBrush) -> dict[str, list[Panel]]:
+    source, mask, reference = EXAMPLE["object"].render()
+    encoded = model.encode_reference(reference)
+
+    def weighted(weight: float) -> np.ndarray:
+        return model.edit(source, mask, ReferenceUse(encoded, weight)).picture
+
+    def offered(part: np.ndarray) -> list[Panel]:
+        result = model.edit(source, mask, model.encode_reference(reference, mask=part)).picture
+        return [("picture, mask", show_mask(reference, part)), ("image", result)]
+
+    left = np.zeros(reference.shape[:2], np.float32)
+    left[:, : left.shape[1] // 2] = 1
+    return {
+        "weight": given(source, mask, reference) + series("weight", [0, 0.5, 1, 2], weighted),
+        "reference_mask": [("picture", reference), ("image", weighted(1)), *offered(left), *offered(1 - left)],
+        "combined": combined(model),
+    }
+
+
+def combined(model: MimicBrush) -> list[Panel]:
+    source, mask, first = EXAMPLE["other"].render()
+    second = EXAMPLE["part"].render()[2]
+    one, two = (model.encode_reference(picture) for picture in (first, second))
+
+    def result(*weights: float) -> np.ndarray:
+        return model.edit(source, mask, [ReferenceUse(one, weights[0]), ReferenceUse(two, weights[1])]).picture
+
+    return [
+        ("reference_1", first),
+        ("reference_2", second),
+        ("weights 1, 0", result(1, 0)),
+        ("weights 0, 1", result(0, 1)),
+        ("weights 1, 1", result(1, 1)),
+        ("weights 1, 0.5", result(1, 0.5)),
+    ]
+
+
+def of_sampler(model: MimicBrush) -> dict[str, list[Panel]]:
+    source, mask, reference = EXAMPLE["object"].render()
+    encoded = model.encode_reference(reference)
+    settings = EditSettings()
+
+    def edited(**changes) -> np.ndarray:
+        return model.edit(source, mask, encoded, replace(settings, **changes)).picture
+
+    row = int(mask[:, mask.any(axis=0).argmax()].argmax())  # of the mask's leftmost pixel
+    corner = slice(max(0, row - 64), max(0, row - 64) + 128), slice(0, 128)
+
+    def feathered(pixels: int) -> list[Panel]:
+        result = model.edit(source, mask, encoded, replace(settings, feather=pixels))
+        alpha = result.alpha[corner][..., None].repeat(3, axis=-1)
+        return [(f"feather {pixels}", result.picture[corner]), ("blend mask", alpha)]
+
+    top = given(source, mask, reference)
+    return {
+        "guidance": top + series("guidance", [1, 2, 4, 8], lambda value: edited(guidance=float(value))),
+        "feather": [panel for pixels in (0, 10, 40) for panel in feathered(pixels)],
+        "color_match": color_match(model),
+        "zoom": zoomed(model),
+    }
+
+
+def color_match(model: MimicBrush) -> list[Panel]:
+    """A source in dim light, which the model does not know: its answer comes out too bright."""
+    source, mask, reference = EXAMPLE["texture"].render()
+    source = (source * DIM).astype(np.uint8)
+    encoded = model.encode_reference(reference)
+
+    def matched(amount: float) -> np.ndarray:
+        return model.edit(source, mask, encoded, EditSettings(color_match=amount, feather=0)).picture
+
+    return [("source, mask", show_mask(source, mask)), *series("color_match", [0, 0.5, 1], matched)]
+
+
+def zoomed(model: MimicBrush) -> list[Panel]:
+    """A small region of a large picture; the results are shown cut to the window that zoom works on."""
+    small, small_mask, reference = EXAMPLE["other"].render(192)
+    source = np.broadcast_to(np.array(WALL, np.uint8), (768, 768, 3)).copy()
+    mask = np.zeros(source.shape[:2], np.float32)
+    place = slice(480, 480 + len(small)), slice(500, 500 + len(small))
+    source[place], mask[place] = small, small_mask
+    encoded = model.encode_reference(reference)
+    off, on = (model.edit(source, mask, encoded, EditSettings(zoom=zoom)) for zoom in (False, True))
+    part = on.window.slices
+    panels = [("source, mask", show_mask(source, mask)), ("reference", reference)]
+    return [*panels, ("zoom off (cut)", off.picture[part]), ("zoom on (cut)", on.picture[part])]
+
+
+def of_depth(model: MimicBrush) -> dict[str, list[Panel]]:
+    source, mask, reference = EXAMPLE["texture"].render()
+    encoded = model.encode_reference(reference)
+
+    def kept(strength: float) -> np.ndarray:
+        depth = model.depth_condition([source], strength=strength)
+        return model.edit(source, mask, encoded, depth=depth).picture
+
+    seen = model.depth_condition([source]).as_pictures()[0].cpu().numpy()
+    seen = np.rint(seen * 255).astype(np.uint8)[..., None].repeat(3, axis=-1)
+    panels = [*given(source, mask, reference), *series("strength", [0, 0.5, 1], kept), ("depth picture", seen)]
+    return {"depth_strength": panels}
+
+
+def examples() -> list[Panel]:
+    panels = []
+    for number, example in enumerate(EXAMPLES, 1):
+        (_, shown), (_, reference) = given(*example.render())
+        panels += [(f"{number}: source, mask", shown), (f"{number}: reference", reference)]
+    return panels
+
+
+def main() -> None:
+    model = MimicBrush.load(embedded_model_path())
+    for name, panels in (of_reference(model) | of_sampler(model) | of_depth(model)).items():
+        write(name, panels)
+    write("examples", examples(), tile=160)
+
+
+if __name__ == "__main__":
+    main()
