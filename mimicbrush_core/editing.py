@@ -22,7 +22,7 @@ class EditSettings:
     """How an edit is made. None means the model's own default.
 
     seed: 0..2^63-1, drawn on the CPU: the same picture on every device, alone or in a batch.
-    steps: 1..1000. guidance: 1 = conditional prediction only. scheduler: a name of `sampling.SCHEDULERS`;
+    steps: 1..500. guidance: 1 = conditional prediction only. scheduler: a name of `sampling.SCHEDULERS`;
         spacing: of its timesteps, a name of `sampling.SPACINGS`.
     size: side of the square the model works on, a multiple of 64; None: that of the encoded reference.
     weight: of a reference given without its own; 0 = as if there were none, 1 = as trained.

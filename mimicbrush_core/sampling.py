@@ -28,7 +28,8 @@ SCHEDULERS = {
 SPACINGS = ("leading", "trailing", "linspace", "karras")
 """How the timesteps are spread: diffusers' names; `karras` spreads the noise levels (arXiv 2206.00364, eq. 5)."""
 
-MAX_STEPS = 1000
+MAX_STEPS = 500
+"""More than that, and some schedulers round two steps to one timestep and fail."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,9 @@ def make_scheduler(
             raise ArgumentError(f"steps is {steps}; it must be between 1 and {MAX_STEPS}.")
         scheduler = _build(*_spaced(SCHEDULERS[name], config, spacing))
         scheduler.set_timesteps(steps)
+        if hasattr(scheduler, "set_begin_index"):
+            # Left alone, it is looked up by the first timestep, and Karras spacing rounds the first two to the same.
+            scheduler.set_begin_index(0)
         return scheduler
 
     if name not in ("ddim", "euler"):
