@@ -1,5 +1,5 @@
-"""masks.py: mask arithmetic, zoom windows and paste-back. The recorded pictures of the original are the
-judge."""
+"""masks.py: mask arithmetic, zoom windows, paste-back and the seam's colours. The recorded pictures of the
+original are the judge."""
 
 import time
 from pathlib import Path
@@ -133,6 +133,55 @@ def test_latent_masks_take_the_top_left_pixel():
         masks.latent_mask(mask, 5)
 
 
+@pytest.mark.parametrize(
+    ("check", "mask", "found"),
+    [
+        (masks.check_mask_values, np.full((8, 8), 2, np.float32), "The reference mask has values"),
+        (masks.check_mask_values, np.full((8, 8), np.nan, np.float32), "The reference mask contains NaN"),
+        (masks.check_mask_values, np.ones((1, 8, 8), np.float32), "The reference mask has the shape"),
+        (masks.check_not_empty, np.full((2, 8, 8), 0.5, np.float32), "The reference mask is empty.* 128 of 255"),
+    ],
+)
+def test_single_checks_name_the_role(check, mask, found):
+    with pytest.raises(PictureError, match=found):
+        check(mask, "reference mask")
+
+
+def test_values_and_emptiness_are_checked_apart():
+    masks.check_mask_values(np.zeros((8, 8), np.float32))
+    masks.check_not_empty(np.stack([np.zeros((8, 8)), box_mask(8, 8, 7, 7, 1, 1)]))
+
+
+# -------------------- coverage of latent cells
+
+
+def test_latent_coverage_is_the_share_of_each_cell():
+    mask = np.zeros((64, 64), np.float32)
+    mask[8:16, 16:24] = 1  # a whole cell
+    mask[24:32, 32:36] = 1  # the left half of one
+    mask[40:42, 48:50] = 1  # 2 x 2 of 8 x 8 pixels
+    expected = torch.zeros(1, 1, 8, 8)
+    expected[..., 1, 2], expected[..., 3, 4], expected[..., 5, 6] = 1, 0.5, 4 / 64
+    assert torch.equal(masks.latent_coverage(mask, 64, 8), expected)
+
+
+def test_a_whole_mask_covers_the_picture_and_not_its_padding():
+    assert torch.equal(masks.latent_coverage(np.ones((40, 40), np.float32), 64, 8), torch.ones(1, 1, 8, 8))
+    landscape = masks.latent_coverage(np.ones((32, 64), np.float32), 64, 8)
+    assert torch.equal(landscape[0, 0].sum(1), torch.tensor([0.0, 0, 8, 8, 8, 8, 0, 0]))
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 8])
+@pytest.mark.parametrize("size", [64, 300, 1000])
+def test_a_tiny_mask_covers_something_and_only_near_itself(size, side):
+    mask = box_mask(size, size, size // 4, size // 2, side, side)
+    covered = torch.nonzero(masks.latent_coverage(mask, 64, 8)[0, 0]).tolist()
+    first, last = (np.array([size // 4, size // 2]) + offset for offset in (0, side - 1))
+    assert covered
+    for cell in covered:  # LANCZOS may reach into the neighbouring cell
+        assert (first * 8 // size - 1 <= cell).all() and (cell <= last * 8 // size + 1).all()
+
+
 # -------------------- feather
 
 
@@ -181,6 +230,21 @@ def test_feather_refuses_nonsense_and_leaves_the_mask_alone():
     for feather in (-1, 1.5, True, "3"):
         with pytest.raises(ArgumentError, match="feather"):
             masks.feather_alpha(mask, feather)
+
+
+@pytest.mark.parametrize("feather", [0, 1, 10])
+def test_a_soft_feather_of_a_binary_mask_is_the_hard_one(feather):
+    mask = box_mask(60, 40, 20, 12, 9, 14)
+    assert np.array_equal(masks.feather_alpha(mask, feather, soft=True), masks.feather_alpha(mask, feather))
+
+
+def test_a_soft_feather_blurs_the_masks_own_values():
+    mask = np.random.default_rng(6).random((40, 30)).astype(np.float32)
+    values = np.rint(mask * 255).astype(np.uint8)
+    assert np.array_equal(masks.feather_alpha(mask, 0, soft=True), values)
+    assert np.array_equal(masks.feather_alpha(mask, 5, soft=True), slow_blur(values, 5))
+    beyond = np.array([[-0.001, 1.001, 0.4, 0.002]], np.float32)  # within the tolerance of 1e-3
+    assert masks.feather_alpha(beyond, 0, soft=True).tolist() == [[0, 255, 102, 1]]
 
 
 def test_feather_of_large_pictures_is_fast():
@@ -306,3 +370,55 @@ def test_zoom_window_refuses_nonsense():
     for name, value in bad:
         with pytest.raises(ArgumentError, match=str(value)):
             masks.zoom_window(mask, **{name: value})
+
+
+# -------------------- colours at the seam
+
+
+def drifted(source, shift):
+    return (source.astype(int) + shift).astype(np.uint8)
+
+
+@pytest.fixture
+def seam():
+    """(source, hole): the source leaves room for shifts of up to 50."""
+    source = np.random.default_rng(11).integers(50, 206, (60, 80, 3), dtype=np.uint8)
+    return source, box_mask(60, 80, 20, 30, 15, 20) > 0
+
+
+def test_a_shift_of_colour_is_found_per_channel(seam):
+    source, hole = seam
+    offset = masks.seam_offset(drifted(source, (7, -20, 0)), source, hole, 5)
+    assert offset.dtype == np.float32 and offset.tolist() == [-7, 20, 0]
+
+
+def test_only_the_ring_around_the_hole_counts(seam):
+    source, hole = seam
+    ring = np.zeros_like(hole)
+    ring[20 - 5 : 35 + 5, 30 - 5 : 50 + 5] = True
+    ring &= ~hole
+    result = np.where(ring[..., None], drifted(source, 12), drifted(source, -40))
+    assert masks.seam_offset(result, source, hole, 5).tolist() == [-12] * 3
+    # Nearly half of a wider ring lies beyond, and more than half of a much wider one.
+    assert masks.seam_offset(result, source, hole, 15).tolist() == [40] * 3
+
+
+def test_a_few_outliers_do_not_move_the_offset(seam):
+    source, hole = seam
+    result = drifted(source, 9)
+    result[10:60, 45:55] = 255  # an object that the model saw differently, across the ring
+    assert masks.seam_offset(result, source, hole, 4).tolist() == [-9] * 3
+
+
+def test_a_hole_without_a_ring_has_no_offset(seam):
+    source, hole = seam
+    result = drifted(source, 30)
+    assert masks.seam_offset(result, source, np.ones_like(hole), 5).tolist() == [0] * 3
+    assert masks.seam_offset(result, source, np.zeros_like(hole), 5).tolist() == [0] * 3
+    assert masks.seam_offset(result, source, hole, 0).tolist() == [0] * 3
+
+
+def test_a_hole_at_the_border_has_the_ring_that_is_left(seam):
+    source, _ = seam
+    corner = box_mask(60, 80, 0, 0, 60, 79) > 0
+    assert masks.seam_offset(drifted(source, 5), source, corner, 14).tolist() == [-5] * 3

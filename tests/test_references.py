@@ -1,13 +1,13 @@
-"""Writing references: what is kept, what is computed, what is restored."""
+"""Writing references: what is kept, what is computed, what is restored; which steps and tokens are read."""
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
 from mimicbrush_core.attention import reading_blocks
-from mimicbrush_core.errors import Cancelled
+from mimicbrush_core.errors import ArgumentError, Cancelled
 from mimicbrush_core.modules import drop_tail
-from mimicbrush_core.references import Reference, write_features
+from mimicbrush_core.references import Reference, ReferenceUse, _tokens_in, combined, write_features
 
 TIMESTEPS = [981.0, 741.0, 501.0, 261.0, 1.0]
 
@@ -170,3 +170,125 @@ def test_nothing_is_computed_for_a_store_that_is_full(unet, reference, size_of_o
     computed = reference.features_computed
     reference.prepare(unet, TIMESTEPS, at_once=2)
     assert reference.features_computed == computed == 2
+
+
+def test_a_timestep_named_twice_is_computed_once(unet, reference):
+    # Karras spacing rounds neighbouring noise levels to the same timestep.
+    reference.prepare(unet, [981.0, 981.0, 501.0, 1.0, 1.0])
+    assert reference.features_computed == 3
+
+
+# -------------------- steps in which a reference is read
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "steps", "read"),
+    (
+        (0, 1, 4, [0, 1, 2, 3]),
+        (0.5, 1, 4, [2, 3]),
+        (0, 0.5, 4, [0, 1]),
+        (0.25, 0.75, 4, [1, 2]),
+        (0, 1e-9, 50, [0]),  # the first step is read by whatever begins at 0
+        (0.98, 1, 50, [49]),  # and the last by whatever ends at 1
+        (0.981, 1, 50, []),
+        (0, 0.98, 50, list(range(49))),
+        (0, 1, 1, [0]),
+        (0, 0.1, 1, [0]),
+        (0.1, 1, 1, []),
+        (0.5, 0.5, 4, []),
+        (0.75, 0.25, 4, []),
+    ),
+)
+def test_a_range_is_a_share_of_the_steps(reference, start, end, steps, read):
+    use = ReferenceUse(reference, 1.0, start, end)
+    assert [step for step in range(steps) if use.active(step, steps)] == read
+    nothing = ReferenceUse(reference, 0.0, start, end)
+    assert not any(nothing.active(step, steps) for step in range(steps))
+
+
+@pytest.mark.parametrize("cut", (0.0, 0.1, 0.3, 1 / 3, 0.5, 0.7, 0.9, 1.0))
+def test_two_ranges_that_meet_leave_no_step_out_and_share_none(reference, cut):
+    first, second = ReferenceUse(reference, end=cut), ReferenceUse(reference, start=cut)
+    for steps in (1, 2, 3, 7, 10, 50):
+        assert all(first.active(step, steps) != second.active(step, steps) for step in range(steps))
+
+
+# -------------------- a region of a reference
+
+
+def inside_by_definition(region, shrink):
+    """Token by token: those whose cells are covered by half or more."""
+    height, width = (side // shrink for side in region.shape[-2:])
+    cells = [
+        region[0, 0, row * shrink : (row + 1) * shrink, column * shrink : (column + 1) * shrink].mean()
+        for row in range(height)
+        for column in range(width)
+    ]
+    return [index for index, cell in enumerate(cells) if cell >= 0.5]
+
+
+@pytest.mark.parametrize("shrink", (1, 2, 4))
+def test_exactly_the_tokens_inside_a_region_are_taken_at_each_level(shrink):
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        top, left = torch.randint(0, 3, (2,), generator=generator).tolist()
+        region = torch.zeros(1, 1, 8, 12)
+        region[..., top : top + 5, left : left + 7] = 1
+        region[..., top, left : left + 7] = 0.75  # a cell that the mask covers in part
+        expected = inside_by_definition(region, shrink)
+        assert expected
+        assert _tokens_in(region, 8 * 12 // shrink**2).tolist() == expected
+
+
+def test_a_token_half_inside_is_taken_and_one_less_than_half_is_not():
+    region = torch.zeros(1, 1, 4, 4)
+    region[..., 0, 0], region[..., 0, 1] = 0.5, 0.499
+    assert _tokens_in(region, 16).tolist() == [0]
+
+
+def test_a_region_smaller_than_a_token_takes_the_token_that_it_covers_most():
+    region = torch.zeros(1, 1, 8, 8)
+    region[..., 5, 2], region[..., 0, 0] = 0.4, 0.3
+    assert _tokens_in(region, 64).tolist() == [5 * 8 + 2]
+    assert _tokens_in(region, 16).tolist() == [2 * 4 + 1]
+    assert _tokens_in(region, 4).tolist() == [2]
+
+
+def test_only_the_tokens_inside_are_kept_from_the_writing(unet, reference):
+    whole = write_at(unet, reference, 501.0)
+    region = torch.zeros(1, 1, 16, 24)
+    region[..., 4:12, 8:20] = 1
+    part = Reference(reference.latents, reference.tokens, owner=None, region=region)
+    part.prepare(unet, [501.0])
+    assert part.features_computed == 1
+    for name, bank in part.banks_at(unet, 501.0).items():
+        shrink = round((16 * 24 / whole[name].shape[1]) ** 0.5)
+        assert torch.equal(bank, whole[name][:, inside_by_definition(region, shrink)])
+    assert part.stored_bytes < sum(bank.numel() * 4 for bank in whole.values())
+
+
+def test_a_region_of_everything_is_no_region(unet, reference):
+    whole = write_at(unet, reference, 501.0)
+    part = Reference(reference.latents, reference.tokens, owner=None, region=torch.ones(1, 1, 16, 24))
+    assert_same(part.banks_at(unet, 501.0), whole, tolerance=0)
+
+
+# -------------------- several references
+
+
+def test_references_of_one_model_and_size_are_combined(reference):
+    uses = [ReferenceUse(reference), ReferenceUse(Reference(-reference.latents, reference.tokens, owner=None), 0.5)]
+    assert combined(uses) == uses
+    assert combined(uses[:1]) == uses[:1]
+
+
+def test_references_of_other_models_and_sizes_are_not_combined(reference):
+    use = ReferenceUse(reference)
+    stranger = ReferenceUse(Reference(reference.latents, reference.tokens, owner=object()))
+    smaller = ReferenceUse(Reference(reference.latents[..., :8], reference.tokens, owner=None))
+    for uses in ([use, stranger], [stranger, use], [use, use, stranger]):
+        with pytest.raises(ArgumentError, match="different models"):
+            combined(uses)
+    for uses in ([use, smaller], [smaller, use], [use, use, smaller]):
+        with pytest.raises(ArgumentError, match="different sizes"):
+            combined(uses)

@@ -1,4 +1,4 @@
-"""The denoising loop: schedulers, explicit lists, seeds, batches, guidance."""
+"""The denoising loop: schedulers, spacings, explicit lists, seeds, batches, guidance, ranges of references."""
 
 import pytest
 import torch
@@ -7,7 +7,9 @@ from mimicbrush_core.errors import ArgumentError, Cancelled
 from mimicbrush_core.modules import bundled_config
 from mimicbrush_core.references import Reference, ReferenceUse
 from mimicbrush_core.sampling import (
+    MAX_STEPS,
     SCHEDULERS,
+    SPACINGS,
     denoise,
     guide,
     initial_noise,
@@ -70,6 +72,63 @@ def test_step_reports(name, steps):
     assert {info.steps for info in infos} == {len(scheduler.timesteps)}
     assert [info.timestep for info in infos] == scheduler.timesteps.tolist()
     assert all(info.predicted_latents.shape == latents.shape for info in infos)
+
+
+# -------------------- spacings
+
+
+@pytest.mark.parametrize("config", SCHEDULES)
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_spacing_of_every_scheduler_reaches_the_exact_answer(name, spacing, config):
+    noise = noises()
+    for steps in (1, 2, 7, 30, 120):
+        scheduler = make_scheduler(schedule(config), name, steps, spacing)
+        timesteps = scheduler.timesteps.double()
+        assert len(timesteps) == steps
+        # Karras levels lie so close where there is little noise that two may round to one timestep.
+        assert (timesteps.diff() <= 0).all() and 0 <= timesteps[-1] <= timesteps[0] <= 999
+        latents = run(scheduler, noise)
+        assert latents.isfinite().all()
+    # The error falls with the number of steps; 0.1 as for the schedulers' own spacing.
+    assert (latents - (MEAN + SPREAD * noise)).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("config", SCHEDULES)
+@pytest.mark.parametrize("spacing", (None, *SPACINGS))
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_most_steps_that_are_accepted_can_be_run(name, spacing, config):
+    noise = initial_noise([0], (4, 1, 1))
+    assert run(make_scheduler(schedule(config), name, MAX_STEPS, spacing), noise).isfinite().all()
+
+
+@pytest.mark.parametrize("config", SCHEDULES)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_no_spacing_is_the_models_own(name, config):
+    plain = SCHEDULERS[name].from_config(schedule(config))
+    plain.set_timesteps(10)
+    own = schedule(config)["timestep_spacing"]
+    for spacing in (None, own):
+        scheduler = make_scheduler(schedule(config), name, 10, spacing)
+        assert type(scheduler) is SCHEDULERS[name]
+        assert torch.equal(scheduler.timesteps, plain.timesteps)
+        assert scheduler.config.timestep_spacing == own and not scheduler.config.get("use_karras_sigmas")
+
+
+def test_named_spacings_are_what_they_are_called():
+    def timesteps(spacing):
+        return make_scheduler(schedule(), "ddim", 4, spacing).timesteps.tolist()
+
+    assert timesteps("leading") == [751, 501, 251, 1]
+    assert timesteps("trailing") == [999, 749, 499, 249]
+    assert timesteps("linspace") == [999, 666, 333, 0]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_karras_spreads_the_seventh_roots_of_the_noise_levels_evenly(name):
+    sigmas = make_scheduler(schedule(), name, 12, "karras").sigmas[:12].double() ** (1 / 7)
+    gaps = sigmas.diff()
+    assert gaps.max() < 0 and (gaps - gaps.mean()).abs().max() < 1e-3 * gaps.mean().abs()
 
 
 def test_cancelling_in_a_report():
@@ -153,7 +212,9 @@ def test_lists_of_one_timestep():
     ("arguments", "message"),
     (
         ({"name": "heun", "steps": 5}, "heun.*ddim, euler, dpmpp_2m, unipc"),
-        ({"steps": 0}, "steps is 0.*1 and 1000"),
+        ({"steps": 5, "spacing": "cosine"}, "cosine.*leading, trailing, linspace, karras"),
+        ({"steps": 5, "spacing": ""}, "Unknown spacing ''"),
+        ({"steps": 0}, "steps is 0.*1 and 500"),
         ({"steps": -3}, "steps is -3"),
         ({"steps": 1001}, "steps is 1001"),
         ({}, "exactly one"),
@@ -227,8 +288,8 @@ def reference(model, conditions):
     return Reference(*conditions[1:], owner=model)
 
 
-def sample(model, conditions, references, seeds=(3,), name="ddim", steps=3, guidance=5.0, **options):
-    scheduler = make_scheduler(model.config["scheduler"], name, steps)
+def sample(model, conditions, references, seeds=(3,), name="ddim", steps=3, guidance=5.0, spacing=None, **options):
+    scheduler = make_scheduler(model.config["scheduler"], name, steps, spacing)
     noise = initial_noise(seeds, (4, SIZE, SIZE))
     return model.sample(conditions[0], references, noise, scheduler, guidance, **options)
 
@@ -247,6 +308,14 @@ def test_every_scheduler_runs_on_a_model(model, conditions, reference, name):
     latents = sample(model, conditions, [ReferenceUse(reference, 1.0)], name=name, steps=4)
     assert latents.shape == (1, 4, SIZE, SIZE) and latents.isfinite().all()
     assert 0.5 < latents.std() < 100
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_spacing_runs_on_a_model(model, conditions, reference, name, spacing):
+    latents = sample(model, conditions, [ReferenceUse(reference)], name=name, steps=3, spacing=spacing)
+    assert latents.shape == (1, 4, SIZE, SIZE) and latents.isfinite().all()
+    assert reference.features_computed == 3
 
 
 def test_a_batch_equals_its_pictures(model, conditions, reference, rows_seen):
@@ -320,5 +389,110 @@ def test_references_that_do_not_fit(model, conditions, reference):
     with pytest.raises(ArgumentError, match="another model"):
         sample(model, conditions, [ReferenceUse(stranger, 1.0)])
     small = Reference(reference.latents[..., :8], reference.tokens, owner=model)
-    with pytest.raises(ArgumentError, match=r"\(16, 8\).*\(16, 16\)"):
+    with pytest.raises(ArgumentError, match=r"for a size of 64, this edit has 128\."):
         sample(model, conditions, [ReferenceUse(small, 1.0)])
+
+
+# -------------------- several references, and ranges of steps
+
+CLOSE = 1e-4  # of the largest latent: the same sums in another order, in single precision
+
+
+def assert_close(latents, expected):
+    assert (latents - expected).abs().max() <= CLOSE * expected.abs().max()
+
+
+def apart(latents, others):
+    return (latents - others).abs().max() > 10 * CLOSE * others.abs().max()
+
+
+@pytest.fixture
+def other(reference, model):
+    return Reference(reference.latents.flip(-1).contiguous(), -reference.tokens, owner=model)
+
+
+def predictions(model, conditions, references, steps=4, **options):
+    """What the model predicts the picture to be, after each step."""
+    infos = []
+    sample(model, conditions, references, steps=steps, on_step=infos.append, **options)
+    return [info.predicted_latents for info in infos]
+
+
+@pytest.mark.parametrize("guidance", (1.0, 5.0))
+def test_a_reference_that_starts_half_way_leaves_the_first_half_unconditional(model, conditions, reference, guidance):
+    written = []
+    nothing = predictions(model, conditions, [], guidance=guidance)
+    late = predictions(
+        model, conditions, [ReferenceUse(reference, start=0.5)], guidance=guidance, on_features=written.append
+    )
+    assert torch.equal(late[0], nothing[0]) and torch.equal(late[1], nothing[1])
+    assert apart(late[2], nothing[2])
+    assert reference.features_computed == sum(written) == 2
+    timesteps = make_scheduler(model.config["scheduler"], "ddim", 4).timesteps.tolist()
+    assert reference.missing(timesteps) == timesteps[:2]
+
+
+def test_a_reference_that_ends_half_way_is_read_in_the_first_half_only(model, conditions, reference, rows_seen):
+    whole = predictions(model, conditions, [ReferenceUse(reference)])
+    assert rows_seen == [2] * 4
+    early = Reference(reference.latents, reference.tokens, owner=model)
+    halved = predictions(model, conditions, [ReferenceUse(early, end=0.5)])
+    assert rows_seen[4:] == [2, 2, 1, 1]
+    for step in (0, 1):  # not to the bit: features are written in batches, here of two
+        assert_close(halved[step], whole[step])
+    assert apart(halved[2], whole[2])
+    assert early.features_computed == 2
+
+
+def test_one_reference_in_two_ranges_that_meet_is_one_reference(model, conditions, reference):
+    whole = sample(model, conditions, [ReferenceUse(reference)], steps=4)
+    halves = [ReferenceUse(reference, end=0.5), ReferenceUse(reference, start=0.5)]
+    assert torch.equal(sample(model, conditions, halves, steps=4), whole)
+    assert reference.features_computed == 4
+
+
+def test_references_take_turns(model, conditions, reference, other):
+    first = predictions(model, conditions, [ReferenceUse(reference)])
+    references = (Reference(one.latents, one.tokens, owner=model) for one in (reference, other))
+    one, two = (ReferenceUse(one, 1.0, *span) for one, span in zip(references, ((0, 0.5), (0.5, 1)), strict=True))
+    turns = predictions(model, conditions, [one, two])
+    for step in (0, 1):
+        assert_close(turns[step], first[step])
+    assert apart(turns[2], first[2])
+    assert apart(turns[2], predictions(model, conditions, [one])[2])
+    assert one.reference.features_computed == two.reference.features_computed == 2
+
+
+def test_a_single_step_is_read_by_ranges_that_begin_at_0(model, conditions, reference):
+    nothing = sample(model, conditions, [], steps=1)
+    assert torch.equal(sample(model, conditions, [ReferenceUse(reference, start=0.5)], steps=1), nothing)
+    assert reference.features_computed == 0
+    assert apart(sample(model, conditions, [ReferenceUse(reference, end=0.5)], steps=1), nothing)
+
+
+@pytest.mark.parametrize("guidance", (1.0, 5.0))
+@pytest.mark.parametrize("weights", ((0.5, 0.5), (0.25, 0.25, 0.5)))
+def test_one_reference_in_shares_is_one_reference(model, conditions, reference, weights, guidance):
+    once = sample(model, conditions, [ReferenceUse(reference)], guidance=guidance)
+    shares = [ReferenceUse(reference, weight) for weight in weights]
+    assert_close(sample(model, conditions, shares, guidance=guidance), once)
+    assert apart(sample(model, conditions, [ReferenceUse(reference)] * 2, guidance=guidance), once)
+    assert reference.features_computed == 3
+
+
+def test_the_order_of_references_does_not_matter(model, conditions, reference, other):
+    third = Reference(reference.latents.flip(-2).contiguous(), 0.5 * reference.tokens, owner=model)
+    uses = [ReferenceUse(reference, 0.7), ReferenceUse(other, 1.0, end=0.5), ReferenceUse(third, 1.6)]
+    latents = sample(model, conditions, uses, steps=2)
+    for order in ((2, 0, 1), (1, 2, 0), (2, 1, 0)):
+        assert_close(sample(model, conditions, [uses[index] for index in order], steps=2), latents)
+    assert apart(sample(model, conditions, uses[:2], steps=2), latents)
+
+
+def test_unconditional_rows_do_not_notice_references(model, conditions, reference, other, rows_seen):
+    nothing = sample(model, conditions, [], seeds=(3, 4))
+    uses = [ReferenceUse(reference), ReferenceUse(other, 2.0)]
+    # Guidance 0 is the unconditional rows' prediction.
+    guided = sample(model, conditions, uses, seeds=(3, 4), guidance=0.0)
+    assert rows_seen == [2] * 3 + [4] * 3
+    assert_close(guided, nothing)
