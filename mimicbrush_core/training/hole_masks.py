@@ -1,8 +1,8 @@
 """Masks for training: which part of the source is cut out and has to be imitated.
 
 Every mask is bool [S,S], True = cut out. The grid is the paper's: N x N cells, N in 3..10, cells with matched
-features masked with 75 %, others with 50 % (arXiv 2406.07547, section 3.3); here a cell is matched where the
-object both frames show is in it.
+features masked with 75 %, others with 50 % (arXiv 2406.07547, section 3.3). A cell is matched where it holds a feature
+that both frames show (`matching`) or, in drawn scenes, the object that both show.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw, ImageFilter
 
 SMALLEST_PART = 0.008
 """Share of the picture below which a part is not masked on its own."""
+LARGEST_SEGMENT = 0.6
+"""Share of the picture above which a segment is not masked: it is the background rather than a thing."""
 
 
 def draw_mask(rng: np.random.Generator, parts: np.ndarray) -> np.ndarray:
@@ -92,3 +94,21 @@ def stroke_mask(rng: np.random.Generator, size: int) -> np.ndarray:
         for x, y in points:
             draw.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), fill=255)
     return np.asarray(picture) > 0
+
+
+def segment_mask(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray | None:
+    """One to three segments of a map int32 [S,S] (0 belongs to none), a little grown; None if none is fit.
+
+    The paper's masks for still pictures (arXiv 2406.07547, section 3.3). Fit are segments that cover
+    `SMALLEST_PART` to `LARGEST_SEGMENT` of the picture.
+    """
+    found, counts = np.unique(labels[labels != 0], return_counts=True)
+    fit = found[(counts >= SMALLEST_PART * labels.size) & (counts <= LARGEST_SEGMENT * labels.size)]
+    if not len(fit):
+        return None
+    chosen = rng.choice(fit, min(len(fit), int(rng.integers(1, 4))), replace=False)
+    mask = np.isin(labels, chosen)
+    # In small steps: a wide filter takes the square of its width.
+    for _ in range(int(rng.integers(0, 1 + max(1, labels.shape[0] // 64)))):
+        mask = grown(mask, 1)
+    return mask
