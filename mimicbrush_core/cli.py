@@ -49,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     edit.add_argument("-o", "--output", required=True, help="the edited picture, a .png that does not exist yet")
     edit.add_argument("--overwrite", action="store_true", help="replace existing output")
     edit.add_argument("--grid", metavar="FILE", help="also write a labelled comparison sheet (.png)")
+    edit.add_argument("--lora", metavar="FILE", help="a LoRA of the imitative U-Net (.safetensors)")
+    edit.add_argument("--lora-strength", type=float, default=1.0, metavar="S", help="0: not at all (%(default)s)")
     _add_model_options(edit)
     _add_edit_options(edit)
     edit.set_defaults(run=_edit)
@@ -59,17 +61,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_edit_options(demo)
     demo.set_defaults(run=_demo)
 
-    train = commands.add_parser("train", help="train the small model from scratch, in stages that resume")
-    train.add_argument("--folder", required=True, help="checkpoints and logs")
+    train = commands.add_parser("train", help="train the small model in stages, fine-tune a model, or train a LoRA")
+    train.add_argument("--folder", help="checkpoints and logs")
     train.add_argument("--stage", help="autoencoder, depth or imitation; default: all, in this order")
     train.add_argument("--export", metavar="FILE", help="write what is learned so far as one model file, and stop")
-    train.add_argument("--samples", type=int, help="where the stage ends (default: as the shipped model)")
+    train.add_argument("--samples", type=int, help="where the run ends (default: as the shipped model)")
     train.add_argument("--minutes", type=float, help="stop after this time; call again to go on")
     train.add_argument("--batch", type=int, help="samples per step, over all processes")
-    train.add_argument("--lr", type=float, help="learning rate of the matrices")
-    train.add_argument("--precision", choices=("bf16", "fp32"), help="of the forward pass (default: bf16)")
+    train.add_argument("--lr", type=float, help="learning rate (of the stages: of the matrices)")
+    train.add_argument("--precision", choices=("bf16", "fp16", "fp32"), help="of the forward pass (default: bf16)")
     train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--device", default="cpu")
+    train.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
+    _add_data_options(train)
+    _add_finetune_options(train)
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="measure a model on the held-out pairs")
@@ -85,6 +89,44 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_selfcheck(commands)
     return parser
+
+
+def _add_data_options(train: argparse.ArgumentParser) -> None:
+    data = train.add_argument_group("data", "pairs for training, out of one's own files (default: procedural pairs)")
+    folders = {
+        "videos": "folders of videos",
+        "frames": "folders with a folder of frames per clip",
+        "stills": "folders of pictures, with segmentation maps (name.seg.png) or without",
+    }
+    for name, content in folders.items():
+        data.add_argument(f"--{name}", nargs="+", type=Path, default=[], metavar="DIR", help=content)
+    data.add_argument("--preview", metavar="FILE", help="draw a sheet (.png) of pairs and masks, and stop")
+    data.add_argument("--overwrite", action="store_true", help="replace an existing sheet")
+
+
+def _add_finetune_options(train: argparse.ArgumentParser) -> None:
+    train.add_argument("--accumulate", type=int, help="passes that one step's batch is divided into: saves memory")
+    train.add_argument("--validate-every", type=int, metavar="STEPS", help="judge on held-out pairs (default: never)")
+    train.add_argument("--tensorboard", action="store_const", const=True, help="also log for TensorBoard")
+    start = train.add_argument_group("beginning", "fine-tune instead of training in stages; see docs/training.md")
+    start.add_argument("--model", help="a MimicBrush file or folder (with --lora alone: the embedded model)")
+    start.add_argument("--from-sd15", metavar="UNET", help="Stable Diffusion 1.5, diffusers folder or U-Net file")
+    start.add_argument("--from-inpainting", metavar="UNET", help="its inpainting model, likewise")
+    start.add_argument("--image-encoder", metavar="FILE", help="CLIP ViT-H/14 vision, with --from-sd15")
+    start.add_argument("--vae", help="VAE file or folder, where it is not beside the model")
+    start.add_argument("--depth", help="Depth Anything file or folder, where it is not beside the model")
+    start.add_argument("--random", choices=("sd15", "small"), help="random weights of that size")
+    tuning = train.add_argument_group("fine-tuning")
+    tuning.add_argument("--lora", type=int, metavar="RANK", help="train a LoRA of this rank and nothing else")
+    tuning.add_argument("--lora-alpha", type=float, metavar="A", help="its scale is A / RANK (default: RANK)")
+    tuning.add_argument("--parts", nargs="+", metavar="PART", help="what is trained (default: as in the paper)")
+    tuning.add_argument("--size", type=int, help="side of the pictures (default: the model's)")
+    tuning.add_argument("--ema", type=float, metavar="DECAY", help="of the averaged weights; 0: none")
+    tuning.add_argument("--half-frozen", action="store_true", help="hold what is not trained in --precision")
+    tuning.add_argument("--keep-activations", action="store_true", help="faster, but takes much more memory")
+    tuning.add_argument("--prepare", type=int, default=0, metavar="N", help="encode N samples once, train on these")
+    tuning.add_argument("--workers", type=int, default=0, help="processes that draw samples ahead (%(default)s)")
+    tuning.add_argument("--validation", type=Path, metavar="DIR", help="held-out pictures for --validate-every")
 
 
 def _add_verify(commands) -> None:
@@ -173,9 +215,16 @@ def _edit(arguments: argparse.Namespace) -> None:
     check_mask(mask, *source.rgb.shape[:2])
 
     model = _load(arguments)
+    lora = None
+    if arguments.lora:
+        from .lora import load_lora
+
+        load_lora(model.modules, arguments.lora, arguments.lora_strength)
+        lora = {"file": Path(arguments.lora).name, "strength": arguments.lora_strength}
     result = _run_edit(model, source.over_white(), mask, reference, _settings(arguments))
     metadata = {
         "settings": asdict(result.settings),
+        **({"lora": lora} if lora else {}),
         "model": model.config["name"],
         "window": asdict(result.window),
         "version": __version__,
@@ -208,6 +257,22 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    if arguments.preview:
+        _preview(arguments)
+        return
+    if not arguments.folder:
+        raise ArgumentError("Training needs a place for its checkpoints and logs: add --folder.")
+    from .training.extras import require
+
+    require("accelerate", "Training")
+    if _is_finetune(arguments):
+        _finetune(arguments)
+        return
+    if arguments.videos or arguments.frames or arguments.stills:
+        raise ArgumentError(
+            "The stages draw their own pairs. Use --videos, --frames and --stills with --preview, or to fine-tune: "
+            "with --lora, --model, --from-sd15 or --random."
+        )
     from .training.recipe import STAGES, export, run_stage
 
     folder = Path(arguments.folder)
@@ -227,7 +292,91 @@ def _train(arguments: argparse.Namespace) -> None:
             batch=arguments.batch,
             lr=arguments.lr,
             precision=arguments.precision,
+            **_engine_changes(arguments),
         )
+
+
+def _engine_changes(arguments: argparse.Namespace) -> dict:
+    names = ("accumulate", "validate_every", "tensorboard")
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+
+
+_FINETUNE_OPTIONS = (
+    *("model", "from_sd15", "from_inpainting", "image_encoder", "vae", "depth", "random"),
+    *("lora", "lora_alpha", "parts", "size", "ema", "half_frozen", "keep_activations", "prepare", "validation"),
+)
+
+
+def _is_finetune(arguments: argparse.Namespace) -> bool:
+    """Whether `train` is to fine-tune: by its options, or by what the run folder holds."""
+    from .training.finetune import is_finetune
+
+    return any(getattr(arguments, name) for name in _FINETUNE_OPTIONS) or is_finetune(Path(arguments.folder))
+
+
+def _finetune(arguments: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from .training.dataset import DataSettings, pairs_from_folders
+    from .training.finetune import FULL, LORA, Recipe, export, finetune
+    from .training.starts import StartingPoint
+
+    folder = Path(arguments.folder)
+    if arguments.export:
+        print(f"Wrote {arguments.export} after {export(folder, Path(arguments.export))} samples.")
+        return
+    start = StartingPoint(
+        model=arguments.model,
+        sd15=arguments.from_sd15,
+        inpainting=arguments.from_inpainting,
+        image_encoder=arguments.image_encoder,
+        vae=arguments.vae,
+        depth=arguments.depth,
+        random=arguments.random,
+    )
+    recipe = Recipe(
+        lora_rank=arguments.lora or 0,
+        lora_alpha=arguments.lora_alpha,
+        gradient_checkpointing=not arguments.keep_activations,
+        half_frozen=arguments.half_frozen,
+        **({"train": tuple(arguments.parts)} if arguments.parts else {}),
+    )
+    names = ("samples", "minutes", "batch", "lr", "precision")
+    changes = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    changes |= _engine_changes(arguments) | ({} if arguments.ema is None else {"ema_decay": arguments.ema})
+    data = DataSettings(size=arguments.size or start.size(), seed=arguments.seed)
+    held_out = []
+    if arguments.validation:
+        pairs = pairs_from_folders(stills=[arguments.validation], settings=data)
+        held_out = [pairs[index] for index in range(min(4, len(pairs.stills)))]
+    finetune(
+        folder,
+        start,
+        pairs_from_folders(arguments.videos, arguments.frames, arguments.stills, data),
+        recipe,
+        replace(LORA if recipe.lora_rank else FULL, **changes),
+        seed=arguments.seed,
+        device=arguments.device,
+        prepare=arguments.prepare,
+        workers=arguments.workers,
+        held_out=held_out,
+        on_log=lambda record: print(json.dumps(record), flush=True),
+    )
+    if recipe.lora_rank:
+        print(f"The LoRA: {folder / 'lora.safetensors'}. Try it with `mimicbrush edit --lora`, or in ComfyUI.")
+    else:
+        print(f"Write what is learned as one file: `mimicbrush train --folder {folder} --export FILE`.")
+
+
+def _preview(arguments: argparse.Namespace) -> None:
+    from .training.dataset import DataSettings, pairs_from_folders
+    from .training.preview import preview_sheet
+
+    output = _checked_output(arguments.preview, arguments.overwrite)
+    settings = DataSettings(size=256, seed=arguments.seed)
+    pairs = pairs_from_folders(arguments.videos, arguments.frames, arguments.stills, settings)
+    _save(output, preview_sheet(pairs))
+    print(f"{len(pairs.clips)} clips and {len(pairs.stills)} stills. Look at {output}.")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

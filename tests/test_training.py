@@ -8,7 +8,8 @@ import torch
 
 from mimicbrush_core.errors import ArgumentError
 from mimicbrush_core.modules import build_modules, bundled_config
-from mimicbrush_core.training import hole_masks, tasks
+from mimicbrush_core.training import hole_masks, objective
+from mimicbrush_core.training.optimizer import MuonAdamW
 from mimicbrush_core.training.recipe import STAGES, export, run_stage
 from mimicbrush_core.training.scenes import CLIP_LIKE, HELD_OUT_SEED, render_pair
 from mimicbrush_core.training.tasks import Curriculum, DepthTask, ImitationTask
@@ -97,15 +98,14 @@ def test_the_target_is_the_clean_picture_not_the_holed_one(modules_and_config):
 
 def test_the_wanted_output_is_v_of_the_clean_latents(modules_and_config):
     task = imitation(modules_and_config)
-    batch = task._draw([0, 1])
-    clean = torch.stack([sample.scene.truths[sample.source] for sample in batch])
-    noise = torch.stack([torch.from_numpy(sample.noise) for sample in batch])
-    timesteps = torch.tensor([999, 400])
-    beside = [torch.zeros(2, 9, *clean.shape[-2:])]
-    with torch.no_grad():
-        _, wanted = task._predict(batch, clean, noise, timesteps, beside, with_reference=True)
+    samples = task._draw([0, 1])
+    batch = replace(task._batch(samples, with_reference=True), timesteps=torch.tensor([999, 400]))
+    clean = torch.stack([sample.scene.truths[sample.source] for sample in samples])
+    noise = torch.stack([torch.from_numpy(sample.noise) for sample in samples])
+    with torch.no_grad(), task.computing():
+        _, wanted = task.objective.predict(batch)
     assert torch.allclose(wanted[0], -clean[0], atol=1e-3)  # zero terminal SNR: pure regression
-    alpha = task.alphas[400]
+    alpha = task.objective.alphas[400]
     assert torch.allclose(wanted[1], alpha.sqrt() * noise[1] - (1 - alpha).sqrt() * clean[1], atol=1e-5)
 
 
@@ -114,9 +114,10 @@ def test_the_loss_reaches_every_learned_network(modules_and_config):
     for module in task.learned.values():
         module.requires_grad_(True)
     step = next(s for s in range(20) if np.random.default_rng((0, 4, s)).random() >= task.drop_reference)
-    loss, figures = task.loss(step, [0, 1, 2, 3])
-    loss.backward()
-    assert "masked_with" in figures
+    with task.computing():
+        loss, figures = task.loss(step, [0, 1, 2, 3])
+        loss.backward()
+    assert set(figures) == {"masked_with"}
     for name, module in task.learned.items():
         gradients = [p.grad for p in module.parameters()]
         assert any(g is not None and g.abs().max() > 0 for g in gradients), name
@@ -127,9 +128,10 @@ def test_the_loss_reaches_every_learned_network(modules_and_config):
 def test_a_dropped_reference_is_not_read(modules_and_config, monkeypatch):
     task = imitation(modules_and_config)
     monkeypatch.setattr(task, "drop_reference", 1.0)
-    monkeypatch.setattr(tasks, "write_features", None)  # calling it would fail
-    _, figures = task.loss(0, [0, 1])
-    assert "masked_none" in figures
+    monkeypatch.setattr(objective, "write_features", None)  # calling it would fail
+    with task.computing():
+        _, figures = task.loss(0, [0, 1])
+    assert set(figures) == {"masked_none"}
 
 
 def test_samples_depend_on_their_global_index_only(modules_and_config):
@@ -182,6 +184,32 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
     assert not list((tmp_path / "parts").glob("*.unfinished"))
 
 
+def test_every_stage_resumes_the_checkpoints_of_the_first_engine(tmp_path):
+    """Their format: step, samples, weights, ema, ema_updates, and both optimizers' states; no more."""
+    task = depth_task()
+    train(task, tmp_path, TINY)
+    path = tmp_path / "depth.pt"
+    state = torch.load(path, weights_only=True)
+    assert set(state) == {"step", "samples", "weights", "ema", "ema_updates", "optimizer"}
+    assert set(state["optimizer"]) == {"muon", "adam"}
+    assert (
+        set(state["weights"]) == set(state["ema"]) == {f"depth_network.{k}" for k, _ in task.network.named_parameters()}
+    )
+    resumed = depth_task()
+    train(resumed, tmp_path, replace(TINY, samples=10))
+    assert torch.load(path, weights_only=True)["step"] == 5
+
+
+def test_a_validation_of_the_embedded_recipe_answers_its_held_out_track(modules_and_config, monkeypatch):
+    task = imitation(modules_and_config)
+    monkeypatch.setattr(task, "validation_cases", 1)
+    found = task.validate()
+    for name in ("parts", "objects", "between objects", "textured scenes"):
+        figures = found.figures
+        assert figures[f"{name}: right - none"] == pytest.approx(figures[f"{name}: right"] - figures[f"{name}: none"])
+    assert found.sheet.width > 6 * 128
+
+
 def test_the_averaged_weights_are_what_a_run_leaves_and_loads(tmp_path):
     task = depth_task()
     before = weights(task)
@@ -190,6 +218,26 @@ def test_the_averaged_weights_are_what_a_run_leaves_and_loads(tmp_path):
     assert load_averaged(tmp_path / "depth.pt", fresh.learned) == 8
     assert all(torch.equal(value, weights(fresh)[name]) for name, value in weights(task).items())
     assert any(not torch.equal(value, before[name]) for name, value in weights(task).items())
+
+
+def test_muon_and_adam_follow_the_rates_of_their_groups_and_leave_frozen_weights_alone():
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.GroupNorm(2, 4), torch.nn.Conv2d(4, 2, 1))
+    module[2].requires_grad_(False)
+    optimizer = MuonAdamW([module], lr=0.1, adam_lr=0.1)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 4
+    for rates, changed in (
+        ((0.0, 0.0), set()),
+        ((0.1, 0.0), {"0.weight"}),
+        ((0.0, 0.1), {"0.bias", "1.weight", "1.bias"}),
+    ):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        before = {name: value.clone() for name, value in module.state_dict().items()}
+        module(torch.randn(1, 3, 6, 6)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])} == changed
 
 
 def test_stages_come_in_order_and_export_a_model(tmp_path):

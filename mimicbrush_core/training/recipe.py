@@ -23,7 +23,7 @@ from ..images import to_model_range
 from ..modules import Modules, build_modules, bundled_config
 from .scenes import render_pair
 from .tasks import AutoencoderTask, Curriculum, DepthTask, ImitationTask
-from .trainer import TrainingSettings, load_averaged, train
+from .trainer import TrainingSettings, load_averaged, make_accelerator, train
 
 logger = logging.getLogger(__name__)
 
@@ -45,20 +45,24 @@ def run_stage(
     on_log: Callable[[dict], None] | None = None,
     **changes,
 ) -> None:
-    """Train or resume one stage in `run_folder`; `changes` replace fields of the stage's settings."""
+    """Train or resume one stage in `run_folder`; `changes` replace fields of the stage's settings.
+
+    device: as for `trainer.make_accelerator`.
+    """
     if stage not in STAGES:
         raise ArgumentError(f"Unknown stage {stage!r}. Choose one of: {', '.join(STAGES)}.")
     settings = replace(STAGES[stage], **{key: value for key, value in changes.items() if value is not None})
     modules, config = _start(run_folder, stage, seed)
+    accelerator = make_accelerator(settings, device, run_folder)
     for _, module in modules.items():
-        module.to(device)
+        module.to(accelerator.device)
     if stage == "autoencoder":
         task = AutoencoderTask(modules, seed)
     elif stage == "depth":
         task = DepthTask(modules, seed)
     else:
         task = ImitationTask(modules, config, seed, curriculum)
-    train(task, run_folder, settings, on_log)
+    train(task, run_folder, settings, on_log, accelerator)
 
 
 def export(run_folder: Path, path: Path) -> int:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler
 from torch import Tensor
 
-from ..attention import ReferenceFeatures, ReferenceReading
 from ..depth import estimate_depth, no_depth_map
-from ..encoders import encode_latents, image_tokens, unconditional_tokens
+from ..encoders import encode_latents
+from ..evaluation.track import SETS, held_out_cases
 from ..images import clip_pixel_values, depth_pixel_values, to_model_range
 from ..modules import Modules
-from ..references import write_features
+from ..systems.mimicbrush import MimicBrush
 from .hole_masks import draw_mask, part_mask
+from .objective import Batch, Objective
 from .scenes import (
     CLIP_LIKE,
     Difficulty,
@@ -25,9 +27,11 @@ from .scenes import (
     render_pair,
     render_textured_scene,
 )
+from .trainer import Task, Validation
+from .validation import judge
 
 
-class AutoencoderTask:
+class AutoencoderTask(Task):
     """Pictures through the latents and back: squared error on random crops.
 
     Some crops carry black holes, as masked pictures do. The latents get a little noise, so that the decoder
@@ -71,7 +75,7 @@ class AutoencoderTask:
         return torch.cat(crops)
 
 
-class DepthTask:
+class DepthTask(Task):
     """Relative inverse depth of a frame, as the scene knows it."""
 
     name = "depth"
@@ -161,7 +165,7 @@ class _Sample:
     with_depth: bool
 
 
-class ImitationTask:
+class ImitationTask(Task):
     """The paper's self-supervised recipe: repaint the hole of one frame by looking at the other.
 
     Learned: both U-Nets, image encoder, projections. Loss: the model's own prediction target (v or epsilon) on
@@ -173,6 +177,7 @@ class ImitationTask:
     drop_reference = 0.1
     drop_depth = 0.5
     outside_weight = 0.1
+    validation_cases = 16  # of each set
 
     def __init__(
         self,
@@ -184,7 +189,7 @@ class ImitationTask:
         echo: int = 6,
     ):
         """scenes: how many are held at a time; echo: how often each is used before new ones are rendered."""
-        self.modules = modules
+        self.modules, self.config = modules, config
         self.learned = {
             "unet": modules.unet,
             "reference_unet": modules.reference_unet,
@@ -198,60 +203,46 @@ class ImitationTask:
         self.clip_size = config["image_encoder"]["image_size"]
         self.depth_size = config["depth_network"]["image_size"]
         self.device = next(modules.unet.parameters()).device
-        self.alphas = DDIMScheduler(**config["scheduler"]).alphas_cumprod.to(self.device)
-        self.predicts_v = config["scheduler"]["prediction_type"] == "v_prediction"
         self.scenes, self.echo = scenes, echo
         self._pool: dict[int, _Scene] = {}
         self._chunk = -1
         with torch.no_grad():
-            self._no_depth = no_depth_map(modules.depth_network, self.depth_size)
+            no_depth = no_depth_map(modules.depth_network, self.depth_size)
+        no_image = torch.zeros(1, 3, self.clip_size, self.clip_size)
+        self.objective = Objective(modules, config["scheduler"], no_depth, no_image, self.outside_weight)
+        self.timesteps = len(self.objective.alphas)
 
     # -- one step
 
+    def computing(self) -> AbstractContextManager:
+        return self.objective.computing()
+
     def loss(self, step: int, indices: list[int]) -> tuple[Tensor, dict[str, float]]:
-        batch = self._draw(indices)
-        clean = self._gather(batch, lambda s: s.scene.truths[s.source])  # [B,4,h,w]
-        pixels = self._gather(batch, lambda s: s.scene.pixels[s.source])  # [B,3,S,S]
-        mask = self._gather(batch, lambda s: torch.from_numpy(s.mask))[:, None]  # [B,1,S,S]
-        noise = self._gather(batch, lambda s: torch.from_numpy(s.noise))
-        timesteps = torch.tensor([sample.timestep for sample in batch], device=self.device)
-        factor = mask.shape[-1] // clean.shape[-1]
-        latent_mask = mask[..., ::factor, ::factor].float()
-        beside = [
-            latent_mask,
-            self._hole_latents(pixels, mask),
-            self._depth_features(batch, clean.shape[-2:]),
-        ]
-
         dropped = np.random.default_rng((self.seed, 4, step)).random() < self.drop_reference
-        predicted, wanted = self._predict(batch, clean, noise, timesteps, beside, with_reference=not dropped)
+        return self.objective.loss(self._batch(self._draw(indices), with_reference=not dropped))
 
-        weight = self.outside_weight + latent_mask
-        error = (predicted.float() - wanted).square()
-        loss = ((weight * error).mean(dim=(1, 2, 3)) / weight.mean(dim=(1, 2, 3))).mean()
-        inside = (latent_mask * error.detach()).sum() / (latent_mask.sum() * error.shape[1]).clamp_min(1)
-        return loss, {("masked_none" if dropped else "masked_with"): float(inside)}
+    def validate(self) -> Validation:
+        cases = chain.from_iterable(held_out_cases(name, self.validation_cases, self.size) for name in SETS)
+        return judge(MimicBrush(self.modules, self.config), cases)
 
-    def _predict(self, batch, clean, noise, timesteps, beside, with_reference: bool) -> tuple[Tensor, Tensor]:
-        """The imitative U-Net's output and what it should have been, both [B,4,h,w]."""
-        modules = self.modules
-        alpha = self.alphas[timesteps][:, None, None, None]
-        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-        model_input = torch.cat([noisy, *beside], dim=1)  # [B,13,h,w]
-        if with_reference:
-            clip_pixels = self._gather(batch, lambda s: s.scene.clip_pixels[s.reference])
-            latents = self._gather(batch, lambda s: s.scene.latents[s.reference])
-            tokens = image_tokens(modules.image_encoder, modules.image_projection, clip_pixels)
-            references = [ReferenceFeatures(write_features(modules.reference_unet, latents, timesteps, tokens))]
-        else:
-            tokens = unconditional_tokens(modules.image_encoder, modules.image_projection)
-            tokens = tokens.expand(len(batch), -1, -1)
-            references = []
-        with ReferenceReading(modules.unet) as reading:
-            reading.references = references
-            predicted = modules.unet(model_input, timesteps, encoder_hidden_states=tokens).sample
-        wanted = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean if self.predicts_v else noise
-        return predicted, wanted
+    def _batch(self, samples: list[_Sample], with_reference: bool) -> Batch:
+        clean = self._gather(samples, lambda s: s.scene.truths[s.source])  # [B,4,h,w]
+        pixels = self._gather(samples, lambda s: s.scene.pixels[s.source])  # [B,3,S,S]
+        mask = self._gather(samples, lambda s: torch.from_numpy(s.mask))[:, None]  # [B,1,S,S]
+        reference = self._gather(samples, lambda s: s.scene.latents[s.reference])
+        image = self._gather(samples, lambda s: s.scene.clip_pixels[s.reference])
+        factor = mask.shape[-1] // clean.shape[-1]
+        readers = len(samples) if with_reference else 0
+        return Batch(
+            clean=clean,
+            mask=mask[..., ::factor, ::factor].float(),
+            hole=self._hole_latents(pixels, mask),
+            depths=[s.scene.depths[s.source].to(self.device) if s.with_depth else None for s in samples],
+            noise=self._gather(samples, lambda s: torch.from_numpy(s.noise)),
+            timesteps=torch.tensor([s.timestep for s in samples], device=self.device),
+            reference=reference[:readers],
+            image=image[:readers],
+        )
 
     @torch.no_grad()
     def _hole_latents(self, pixels: Tensor, mask: Tensor) -> Tensor:
@@ -259,16 +250,8 @@ class ImitationTask:
         picture = torch.where(mask, -1.0, pixels.float() / 127.5 - 1)
         return encode_latents(self.modules.vae, picture).float()
 
-    def _depth_features(self, batch: list[_Sample], latent_size) -> Tensor:
-        """Depth features [B,4,h,w]; the samples without depth share the constant one, computed once."""
-        given = [sample.scene.depths[sample.source] for sample in batch if sample.with_depth]
-        maps = torch.cat([self._no_depth, *(depth[None].to(self.device) for depth in given)])
-        features = self.modules.depth_projector(maps, latent_size).float()
-        given_rows = iter(range(1, len(maps)))
-        return features[[next(given_rows) if sample.with_depth else 0 for sample in batch]]
-
-    def _gather(self, batch: list[_Sample], pick) -> Tensor:
-        return torch.stack([pick(sample) for sample in batch]).to(self.device)
+    def _gather(self, samples: list[_Sample], pick) -> Tensor:
+        return torch.stack([pick(sample) for sample in samples]).to(self.device)
 
     # -- samples
 
@@ -295,7 +278,7 @@ class ImitationTask:
             mask = part_mask(parts, scene.masked_part, grow=int(rng.integers(0, 4)))
         else:
             mask = draw_mask(rng, parts)
-        timestep = self.curriculum.draw_timestep(rng, index, len(self.alphas))
+        timestep = self.curriculum.draw_timestep(rng, index, self.timesteps)
         noise = rng.standard_normal(scene.latents.shape[1:], dtype=np.float32)
         with_depth = rng.random() >= self.drop_depth
         return _Sample(scene, source, 1 - source, mask, timestep, noise, with_depth)

@@ -1,0 +1,138 @@
+"""What is learned of a batch: the noise (or v) on the clean latents, by a model that sees the hole and the reference.
+
+The loss of both recipes, the embedded model's and the full one's. The target is the *clean* picture, never the one
+with the hole; beside the noisy latents ride, in the original's order, mask (1 channel), latents of the holed picture
+(4) and depth (4), exactly as at inference (`systems.mimicbrush.SourceCondition`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from ..attention import ReferenceFeatures, ReferenceReading
+from ..encoders import image_tokens
+from ..modules import Modules
+from ..references import write_features
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the loss of B samples is computed from, on one device. The *last* R rows have a reference.
+
+    clean [B,4,h,w]: latents of the clean picture, the target. mask [B,1,h,w]: 1 = cut out; hole [B,4,h,w]: latents of
+    the source with its black hole. depths: of each row its map [s,s] in the network's raw range; None = dropped.
+    noise [B,4,h,w], timesteps int64 [B]. reference [R,4,h,w]: clean latents of the references; image: their pixels for
+    the image encoder [R,3,s,s], or what it made of them [R,T,E].
+    """
+
+    clean: Tensor
+    mask: Tensor
+    hole: Tensor
+    depths: Sequence[Tensor | None]
+    noise: Tensor
+    timesteps: Tensor
+    reference: Tensor
+    image: Tensor
+
+
+class Objective:
+    """The denoising loss of some modules.
+
+    scheduler: the configuration's. no_depth [1,s,s]: the map of "no depth". no_image: the image of "no reference",
+    zero pixels [1,3,s,s] or what the image encoder makes of them [1,T,E].
+    outside_weight: of the error outside the hole, against 1 + outside_weight inside; None: all of it counts alike.
+    """
+
+    def __init__(
+        self, modules: Modules, scheduler: dict, no_depth: Tensor, no_image: Tensor, outside_weight: float | None = None
+    ):
+        self.modules = modules
+        self.outside_weight = outside_weight
+        device = next(modules.unet.parameters()).device
+        self.alphas = DDIMScheduler(**scheduler).alphas_cumprod.to(device)
+        self.predicts_v = scheduler["prediction_type"] == "v_prediction"
+        self._no_depth, self._no_image = no_depth.to(device), no_image.to(device)
+        self._reading: ReferenceReading | None = None
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Entered around `loss` and its backward pass: with gradient checkpointing both read the reference."""
+        with ReferenceReading(self.modules.unet) as reading:
+            self._reading = reading
+            try:
+                yield
+            finally:
+                self._reading = None
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """The mean loss, and the error inside the holes of the rows with and without a reference."""
+        predicted, wanted = self.predict(batch)
+        error = (predicted.float() - wanted).square()  # [B,4,h,w]
+        if self.outside_weight is None:
+            loss = error.mean()
+        else:
+            weight = self.outside_weight + batch.mask
+            loss = ((weight * error).mean(dim=(1, 2, 3)) / weight.mean(dim=(1, 2, 3))).mean()
+        split = len(batch.clean) - len(batch.reference)
+        figures = {}
+        for name, rows in (("masked_none", slice(split)), ("masked_with", slice(split, None))):
+            if len(batch.clean[rows]):
+                figures[name] = _error_inside(error.detach()[rows], batch.mask[rows])
+        return loss, figures
+
+    def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The imitative U-Net's output and what it should have been, both [B,4,h,w]."""
+        if self._reading is None:
+            raise RuntimeError("the loss and its backward pass belong within `computing()`")
+        unet = self.modules.unet
+        alpha = self.alphas[batch.timesteps][:, None, None, None]
+        noisy = alpha.sqrt() * batch.clean + (1 - alpha).sqrt() * batch.noise
+        beside = [batch.mask, batch.hole, self._depth_features(batch)]
+        model_input = torch.cat([noisy, *beside], dim=1)  # [B,13,h,w]
+        tokens, self._reading.references = self._read(batch)
+        self._reading.reading_rows = len(batch.reference)
+        predicted = unet(
+            model_input.to(unet.dtype), batch.timesteps, encoder_hidden_states=tokens.to(unet.dtype)
+        ).sample
+        wanted = alpha.sqrt() * batch.noise - (1 - alpha).sqrt() * batch.clean if self.predicts_v else batch.noise
+        return predicted, wanted
+
+    def _read(self, batch: Batch) -> tuple[Tensor, list[ReferenceFeatures]]:
+        """Cross-attention tokens [B,T,D], and the features of the rows that have a reference."""
+        count, reading = len(batch.clean), len(batch.reference)
+        tokens = []
+        if reading < count:
+            tokens.append(self._tokens(self._no_image).expand(count - reading, -1, -1))
+        references = []
+        if reading:
+            own = self._tokens(batch.image)
+            timesteps = batch.timesteps[count - reading :]
+            references.append(
+                ReferenceFeatures(write_features(self.modules.reference_unet, batch.reference, timesteps, own))
+            )
+            tokens.append(own)
+        return torch.cat(tokens) if len(tokens) > 1 else tokens[0], references
+
+    def _tokens(self, image: Tensor) -> Tensor:
+        if image.ndim == 4:
+            return image_tokens(self.modules.image_encoder, self.modules.image_projection, image)
+        projection = self.modules.image_projection
+        return projection(image.to(next(projection.parameters()).dtype))
+
+    def _depth_features(self, batch: Batch) -> Tensor:
+        """Depth features [B,4,h,w]; the rows without depth share the constant one, computed once."""
+        given = [depth[None] for depth in batch.depths if depth is not None]
+        maps = torch.cat([self._no_depth, *given])
+        features = self.modules.depth_projector(maps, tuple(batch.clean.shape[-2:])).float()
+        given_rows = iter(range(1, len(maps)))
+        return features[[0 if depth is None else next(given_rows) for depth in batch.depths]]
+
+
+def _error_inside(error: Tensor, mask: Tensor) -> float:
+    return float((mask * error).sum() / (mask.sum() * error.shape[1]).clamp_min(1))
