@@ -167,7 +167,7 @@ def test_wrong_arguments(world, output):
     with pytest.raises(OutputError, match="does not exist"):
         convert(world.file(SINGLE), output.parent / "missing" / "x.safetensors")
     output.write_bytes(OLD)
-    with pytest.raises(OutputError, match="--overwrite"):
+    with pytest.raises(OutputError, match="allow it to be overwritten"):
         convert(world.file(SINGLE), output)
     assert output.read_bytes() == OLD
     with pytest.raises(OutputError, match="what is to be converted"):
