@@ -256,7 +256,7 @@ def test_batched_answers_equal_those_of_the_ordinary_edit_case_by_case(model):
         wanted = {
             "right": [ReferenceUse(model.encode_reference(case.reference))],
             "wrong": [ReferenceUse(model.encode_reference(case.wrong_reference))],
-            "none": [(model.encode_reference(case.reference), 0.0)],
+            "none": [ReferenceUse(model.encode_reference(case.reference), 0.0)],
         }
         for kind, references in wanted.items():
             scheduler = make_scheduler(model.config["scheduler"], "ddim", STEPS)
