@@ -131,7 +131,7 @@ CLIP_VISION = Kind(
     "mimicbrush.bin holds the encoder MimicBrush uses; this file is not needed.",
 )
 CLIP_TEXT = Kind("clip-text", "text encoder", NOTHING, UNKNOWN_LICENCE, "MimicBrush reads no text; not needed.")
-LORA = Kind("lora", "LoRA", NOTHING, UNKNOWN_LICENCE, "LoRAs cannot be applied to MimicBrush here.")
+LORA = Kind("lora", "LoRA", NOTHING, UNKNOWN_LICENCE, "A LoRA is not a model: use it with `mimicbrush edit --lora`.")
 CONTROLNET = Kind("controlnet", "ControlNet", NOTHING, UNKNOWN_LICENCE, "MimicBrush does not use ControlNets.")
 IP_ADAPTER = Kind("ip-adapter", "IP-Adapter", NOTHING, UNKNOWN_LICENCE, "MimicBrush does not use IP-Adapters.")
 OTHER_DIFFUSION = Kind(
