@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 
@@ -98,15 +98,25 @@ def load_modules(
     return Modules(**modules), source.config
 
 
-def save_modules(path: str | os.PathLike, modules: Modules, config: dict, dtype: torch.dtype) -> None:
-    """Write one file that loads without any other, as `SafetensorsWriter` does: whole, or not at all."""
-    tensors = {
-        f"{part}.{name}": value for part, module in modules.items() for name, value in module.state_dict().items()
-    }
-    layout = {name: (dtype, value.shape) for name, value in tensors.items()}
+def save_modules(
+    path: str | os.PathLike,
+    modules: Modules,
+    config: dict,
+    dtype: torch.dtype,
+    depth_dtype: torch.dtype | None = None,
+) -> None:
+    """Write one file that loads without any other, as `SafetensorsWriter` does: whole, or not at all.
+
+    depth_dtype: of the depth network; default: as the rest.
+    """
+    dtypes = {part: dtype for part, _ in modules.items()} | {"depth_network": depth_dtype or dtype}
+    # Larger elements first, as the format's readers want them aligned.
+    parts = sorted(modules.items(), key=lambda item: -dtypes[item[0]].itemsize)
+    tensors = {f"{part}.{name}": value for part, module in parts for name, value in module.state_dict().items()}
+    layout = {name: (dtypes[name.split(".", 1)[0]], tuple(value.shape)) for name, value in tensors.items()}
     with SafetensorsWriter(path, layout, header_metadata(config)) as writer:
         for name, value in tensors.items():
-            writer.write(name, value.detach().to("cpu", dtype))
+            writer.write(name, value.detach().to("cpu", layout[name][0]))
         writer.finish()
 
 
@@ -394,9 +404,16 @@ def _filled(part: str, source: SingleFile | OriginalFiles, dtype: torch.dtype) -
     """The module of one part with its weights; each weight is copied once, none is allocated before."""
     if part == "depth_network":
         dtype = torch.float32  # as in the original; its ReLU'd range suffers in half precision
-    path = source.file_of(part)
-    module = empty_part(part, source.config, path)
-    state = fitting_state(part, source, module.state_dict())
+    return filled_part(part, source.config, source.file_of(part), lambda like: source.state(part, like), dtype)
+
+
+def filled_part(
+    part: str, config: dict, path: Path, stored: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], dtype
+) -> nn.Module:
+    """A frozen part with the weights of `path`; stored(like) -> its tensors under the names of `like`."""
+    module = empty_part(part, config, path)
+    like = module.state_dict()
+    state = _fitting(part, like, stored(like), path)
     # One name at a time, so that no more than one weight exists twice.
     filled = {name: converted(part, name, state.pop(name), dtype, path) for name in list(state)}
     module.load_state_dict(filled, assign=True)
@@ -427,8 +444,11 @@ def empty_part(part: str, config: dict, path: Path) -> nn.Module:
 
 def fitting_state(part: str, source: SingleFile | OriginalFiles, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The stored tensors of one part, exactly those of `like` in name and shape, else ModelFileError."""
-    state = source.state(part, like)
-    check_fit(part, like, state, source.file_of(part))
+    return _fitting(part, like, source.state(part, like), source.file_of(part))
+
+
+def _fitting(part: str, like: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    check_fit(part, like, state, path)
     return {name: state[name] for name in like}
 
 

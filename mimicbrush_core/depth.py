@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import PictureError
+from .images import crop_padding
 
 PROJECTOR_STRIDE = 8
 """The projector halves its input three times, so the map is first resized to 8 x the latent size."""
@@ -100,8 +101,7 @@ class DepthCondition:
         side = max(height, width)
         scaled = self.maps / self.nearest[:, None, None]
         square = F.interpolate(scaled[:, None], (side, side), mode="bilinear", align_corners=False)[:, 0]
-        top, left = (side - height) // 2, (side - width) // 2
-        return square[:, top : top + height, left : left + width].clamp(0, 1)
+        return crop_padding(square.movedim(0, -1), height, width).movedim(-1, 0).clamp(0, 1)
 
     def check_visible(self, index: int, hole: np.ndarray) -> None:
         """Raise PictureError where the network would look at a hole: bool [H,W], the pixels to repaint.
@@ -143,7 +143,6 @@ def drawn_map(drawn: Tensor, network_map: Tensor, nearest: float) -> Tensor:
     """
     height, width = drawn.shape
     side = max(height, width)
-    top, left = (side - height) // 2, (side - width) // 2
     square = F.interpolate(network_map[None], (side, side), mode="bilinear", align_corners=False)
-    square[..., top : top + height, left : left + width] = drawn.to(square) * nearest
+    crop_padding(square[0, 0], height, width)[:] = drawn.to(square) * nearest
     return F.interpolate(square, network_map.shape[-2:], mode="bilinear", antialias=True)[0]

@@ -147,11 +147,14 @@ def eight_bit_pictures(pictures: Tensor, role: str) -> list[np.ndarray]:
     return [images.picture_from_array(picture.float().clamp(0, 1), role) for picture in pictures]
 
 
-def mask_arrays(mask: Tensor, height: int, width: int) -> list[np.ndarray]:
-    """Float [B,H,W] masks as float32 [H,W] each, checked; some may be empty (frames to leave alone), not all."""
-    if mask.ndim == 2:
-        mask = mask[None]
-    arrays = [one.detach().cpu().float().numpy() for one in mask]
+def mask_arrays(mask: Tensor) -> list[np.ndarray]:
+    """Float [B,H,W] masks, or one [H,W], as float32 [H,W] each."""
+    return [one.detach().cpu().float().numpy() for one in (mask[None] if mask.ndim == 2 else mask)]
+
+
+def checked_masks(mask: Tensor, height: int, width: int) -> list[np.ndarray]:
+    """`mask_arrays`, checked; some may be empty (frames to leave alone), not all."""
+    arrays = mask_arrays(mask)
     for array in arrays:
         masks.check_mask_values(array)
     fullest = max(arrays, key=lambda array: float(array.max()))

@@ -28,8 +28,8 @@ class Example:
 
     def render(self, size: int = EXAMPLE_SIZE) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(source uint8 [S,S,3], mask float32 [S,S] with 1 = repaint, reference uint8 [S,S,3])."""
-        pair, part = self._scene(size)
-        return pair.source, _masked(pair.parts, part, size), pair.reference
+        sources, mask_list, reference = self.render_clip(1, size)
+        return sources[0], mask_list[0], reference
 
     def render_clip(self, frames: int, size: int = EXAMPLE_SIZE) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A little film, in which the source's object moves: sources uint8 [N,S,S,3], masks float32 [N,S,S], and one

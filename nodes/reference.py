@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..mimicbrush_core.editing import batch_size, eight_bit_pictures, repeated
+from ..mimicbrush_core.editing import batch_size, eight_bit_pictures, mask_arrays, repeated
 from ..mimicbrush_core.errors import ArgumentError
 from ..mimicbrush_core.references import ReferenceUse, combined
 from .host import LoadedMimicBrush, stop_if_interrupted
@@ -80,11 +80,10 @@ class EncodeReference(io.ComfyNode):
         if start >= end:
             raise ArgumentError(f"start is {start} and end is {end}: the reference would never be read. Lower start.")
         pictures = eight_bit_pictures(picture, "reference")
-        if mask is not None and mask.ndim == 2:
-            mask = mask[None]  # as some packs give it
-        masks = [None] if mask is None else [one.cpu().float().numpy() for one in mask]
+        masks = [None] if mask is None else mask_arrays(mask)
         count = batch_size({"reference": len(pictures), "reference mask": len(masks)})
-        brush = model.bring("image", "pictures", "depth")
+        constants = () if model.model.knows_constants else ("depth",)  # which need the depth network, once
+        brush = model.bring("image", "pictures", *constants)
         brush.compute_constants()
         uses = []
         for one, region in zip(repeated(pictures, count), repeated(masks, count), strict=True):

@@ -6,7 +6,7 @@ autoencoder's rendering of the truth, the best that any sampler could hope for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -101,22 +101,38 @@ def evaluate(
     check_sets(sets, n)
     if batch < 1:
         raise ArgumentError(f"batch is {batch}; at least one case must be answered at a time.")
+    results = started(model, steps, guidance)
+    for set_name in sets:
+        add_judged(model, held_out_cases(set_name, n, results.size, difficulty), results, batch, on_case)
+    return results
+
+
+def started(model: MimicBrush, steps: int | None = None, guidance: float | None = None) -> Results:
+    """Results of no case yet; steps, guidance: None = the model's defaults."""
     defaults = model.config["defaults"]
-    results = Results(
+    return Results(
         model=model.config.get("name", ""),
         size=defaults["size"],
         steps=defaults["steps"] if steps is None else steps,
         guidance=defaults["guidance"] if guidance is None else guidance,
         scheduler=defaults["scheduler"],
     )
-    for set_name in sets:
-        cases = held_out_cases(set_name, n, results.size, difficulty)
-        while some := list(islice(cases, batch)):
-            for outcome in _judged(some, answer(model, some, results.steps, results.guidance)):
-                results.add(outcome)
-                if on_case is not None:
-                    on_case(outcome)
-    return results
+
+
+def add_judged(
+    model: MimicBrush,
+    cases: Iterable[Case],
+    results: Results,
+    batch: int,
+    on_case: Callable[[Outcome], None] | None = None,
+) -> None:
+    """Answer and judge cases, `batch` at a time, and add them to `results`."""
+    remaining = iter(cases)
+    while some := list(islice(remaining, batch)):
+        for outcome in _judged(some, answer(model, some, results.steps, results.guidance)):
+            results.add(outcome)
+            if on_case is not None:
+                on_case(outcome)
 
 
 def answer(model: MimicBrush, cases: Sequence[Case], steps: int, guidance: float) -> dict[str, np.ndarray]:

@@ -91,6 +91,12 @@ class MimicBrush:
         vae = self.config["vae"]
         return 2 ** (len(vae.get("block_out_channels") or vae["encoder_block_out_channels"]) - 1)
 
+    @property
+    def size_multiple(self) -> int:
+        """What the side of the model's square must be a multiple of."""
+        # The U-Net halves the latents once per level below the first.
+        return self.latent_factor * 2 ** (len(self.config["unet"]["block_out_channels"]) - 1)
+
     # -- conditions -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -224,6 +230,11 @@ class MimicBrush:
             self._unconditional = unconditional_tokens(self.modules.image_encoder, self.modules.image_projection)
         return self._unconditional
 
+    @property
+    def knows_constants(self) -> bool:
+        """Whether what depends on the weights only is computed."""
+        return self._unconditional is not None and self._no_depth is not None
+
     def compute_constants(self) -> None:
         """Compute what depends on the weights only, ahead of the first edit."""
         self.unconditional_tokens()
@@ -235,9 +246,7 @@ class MimicBrush:
         return encode_latents(vae, pixels.to(vae.device, vae.dtype), noise).float()
 
     def _size(self, size: int | None) -> int:
-        size = size or self.config["defaults"]["size"]
-        # The U-Net halves the latents once per level below the first.
-        multiple = self.latent_factor * 2 ** (len(self.config["unet"]["block_out_channels"]) - 1)
+        size, multiple = size or self.config["defaults"]["size"], self.size_multiple
         if size < multiple or size % multiple:
             raise ArgumentError(f"size is {size}; this model needs a multiple of {multiple}.")
         return size
@@ -378,7 +387,7 @@ class MimicBrush:
         Raises as `edit` does.
         """
         source_list = editing.eight_bit_pictures(sources, "source")
-        mask_list = editing.mask_arrays(mask, *sources.shape[1:3])
+        mask_list = editing.checked_masks(mask, *sources.shape[1:3])
         counts = {"source": len(source_list), "mask": len(mask_list)} | ({"depth": len(depth)} if depth else {})
         count = editing.batch_size(counts)
         settings = self._completed(settings or EditSettings(), reference)

@@ -60,12 +60,15 @@ class SampleEncoder:
         self._model = MimicBrush(modules, config)
         self._clip_size = config["image_encoder"]["image_size"]
         self._depth_size = config["depth_network"]["image_size"]
-        levels = len(config["unet"]["block_out_channels"])
-        self._multiple = self._model.latent_factor * 2 ** (levels - 1)
 
     @property
     def device(self) -> torch.device:
         return self._modules.vae.device
+
+    @property
+    def latent_factor(self) -> int:
+        """Picture pixels per latent."""
+        return self._model.latent_factor
 
     @torch.no_grad()
     def constants(self) -> Constants:
@@ -90,7 +93,7 @@ class SampleEncoder:
         rest = iter(depths)
         encoded = []
         for row, sample in enumerate(samples):
-            mask = latent_mask(sample.mask, self._model.latent_factor)[0].to(self.device)
+            mask = latent_mask(sample.mask, self.latent_factor)[0].to(self.device)
             depth = next(rest) if with_depth[row] else None
             encoded.append(EncodedSample(clean[row], hole[row], reference[row], mask, depth, image[row]))
         return encoded
@@ -118,11 +121,11 @@ class SampleEncoder:
     def _check(self, samples: Sequence[TrainingSample]) -> None:
         for sample in samples:
             height, width = sample.source.shape[:2]
-            if height != width or height % self._multiple or sample.reference.shape != sample.source.shape:
+            if height != width or height % self._model.size_multiple or sample.reference.shape != sample.source.shape:
                 raise ArgumentError(
                     f"A sample has a source of {width} x {height} and a reference of {sample.reference.shape[1]} x "
                     f"{sample.reference.shape[0]} pixels; both must be squares of one size, a multiple of "
-                    f"{self._multiple}."
+                    f"{self._model.size_multiple}."
                 )
 
 

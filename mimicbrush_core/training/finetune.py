@@ -23,12 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import reading_blocks
-from ..checkpoints import header_metadata
+from ..checkpoints import save_modules
 from ..errors import ArgumentError, ModelFileError, as_output_error
 from ..lora import LoraLayer, write_lora
 from ..modules import Modules
 from ..systems.mimicbrush import MimicBrush
-from ..weight_files import SafetensorsWriter
 from .dataset import sample_loader
 from .encoding import EncodedSample, PreparedSamples, SampleEncoder
 from .extras import require
@@ -259,7 +258,7 @@ class FineTuneTask(Task):
     def _latent_shape(self, sample: TrainingSample | EncodedSample) -> tuple[int, ...]:
         if isinstance(sample, EncodedSample):
             return tuple(sample.clean.shape)
-        side = len(sample.source) // MimicBrush(self.modules, self.config).latent_factor
+        side = len(sample.source) // self._encoder.latent_factor
         return (self.config["vae"]["latent_channels"], side, side)
 
     def _draw(self, index: int, latent_shape: tuple[int, ...]) -> _Draw:
@@ -357,7 +356,8 @@ def export(run_folder: Path, path: Path) -> int:
         return state["samples"]
     modules, config = StartingPoint(**remembered["start"]).load(remembered["seed"])
     samples = load_averaged(checkpoint, {part: getattr(modules, part) for part in recipe.parts})
-    _save_model(path, modules, {**config, "name": f"{config['name']}, trained", "trained_samples": samples})
+    config = {**config, "name": f"{config['name']}, trained", "trained_samples": samples}
+    save_modules(path, modules, config, torch.float16, depth_dtype=torch.float32)  # as `convert` stores a model
     return samples
 
 
@@ -369,22 +369,6 @@ def lora_layers(weights: dict[str, Tensor], alpha: float) -> dict[str, LoraLayer
         if ending:
             layers[layer] = LoraLayer(down, weights[f"unet.{layer}.lora_B.{rest}"], alpha)
     return layers
-
-
-def _save_model(path: Path, modules: Modules, config: dict) -> None:
-    """As `convert` stores a model: the depth network in float32, the rest in float16."""
-    tensors = {f"depth_network.{key}": value for key, value in modules.depth_network.state_dict().items()}
-    for part, module in modules.items():
-        if part != "depth_network":
-            tensors |= {f"{part}.{key}": value for key, value in module.state_dict().items()}
-    layout = {
-        name: (torch.float32 if name.startswith("depth_network.") else torch.float16, tuple(value.shape))
-        for name, value in tensors.items()
-    }
-    with SafetensorsWriter(path, layout, header_metadata(config)) as writer:
-        for name, value in tensors.items():
-            writer.write(name, value.detach().to("cpu", layout[name][0]))
-        writer.finish()
 
 
 def _remember(run_folder: Path, settings: dict) -> None:

@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 from ..checkpoints import (
     check_depth_config,
-    check_fit,
-    converted,
     depth_state,
     embedded_model_path,
-    empty_part,
+    filled_part,
     load_modules,
     open_model,
     vae_config,
@@ -24,7 +22,7 @@ from ..checkpoints import (
 )
 from ..errors import ArgumentError, ModelFileError
 from ..keys import image_encoder_keys
-from ..modules import Modules, build_modules, build_part, bundled_config, restore_buffers
+from ..modules import Modules, build_modules, build_part, bundled_config
 from ..recognition import CLIP_VISION, recognise
 from ..weight_files import is_folder, read_tensors
 
@@ -156,14 +154,7 @@ def unet_file(path: str | Path) -> Path:
 
 def _filled(part: str, config: dict, path: Path, state_of) -> nn.Module:
     """One network with the weights of a file. state_of(path, like) -> its tensors under the names of `like`."""
-    module = empty_part(part, config, path)
-    like = module.state_dict()
-    state = state_of(path, like)
-    check_fit(part, like, state, path)
-    weights = {name: converted(part, name, state[name], torch.float32, path) for name in like}
-    module.load_state_dict(weights, assign=True)
-    restore_buffers(module)
-    return module.requires_grad_(False)
+    return filled_part(part, config, path, lambda like: state_of(path, like), torch.float32)
 
 
 def _unet_state(path: Path, channels: int, name: str) -> dict[str, Tensor]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import islice
 
-from ..evaluation.evaluate import KINDS, PICTURED, Outcome, Results, answer, score
+from ..evaluation.evaluate import KINDS, PICTURED, Results, add_judged, started
 from ..evaluation.report import sheet, summary
 from ..evaluation.track import Case
 from ..systems.mimicbrush import MimicBrush
@@ -18,21 +17,8 @@ def judge(
     model: MimicBrush, cases: Iterable[Case], steps: int | None = None, guidance: float | None = None, at_once: int = 8
 ) -> Validation:
     """Masked PSNR in dB by set, and a sheet of the first cases; steps, guidance: None = the model's defaults."""
-    defaults = model.config["defaults"]
-    results = Results(
-        model=model.config.get("name", ""),
-        size=defaults["size"],
-        steps=steps or defaults["steps"],
-        guidance=defaults["guidance"] if guidance is None else guidance,
-        scheduler=defaults["scheduler"],
-    )
-    remaining = iter(cases)
-    while some := list(islice(remaining, at_once)):
-        answers = answer(model, some, results.steps, results.guidance)
-        for row, case in enumerate(some):
-            pictures = {kind: answers[kind][row].copy() for kind in KINDS}
-            scores = {kind: score(picture, case) for kind, picture in pictures.items()}
-            results.add(Outcome(case, pictures, scores))
+    results = started(model, steps, guidance)
+    add_judged(model, cases, results, at_once)
     return Validation(_figures(results), sheet(results, PICTURED))
 
 
