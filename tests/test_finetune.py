@@ -628,11 +628,12 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from accelerate import PartialState
-from test_finetune import TINY, Drawn, Recipe, StartingPoint, finetune
+from test_finetune import TINY, Drawn, Recipe, StartingPoint, finetune, part_from_others
 settings, start = replace(TINY, **{settings!r}), StartingPoint(model={start!r})
 finetune(Path({folder!r}), start, Drawn(), Recipe(**{recipe!r}), settings, device="cpu")
 state = PartialState()
 Path({folder!r}, f"process_{{state.process_index}}_of_{{state.num_processes}}").touch()
+part_from_others()
 """
 
 

@@ -169,6 +169,12 @@ def make_accelerator(settings: TrainingSettings, device: str, run_folder: Path |
     return accelerator
 
 
+def part_from_others() -> None:
+    """Leave the group of processes, at the end of a program; one that just ends may abort while the others talk."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def train(
     task: Task,
     run_folder: Path,
