@@ -197,9 +197,9 @@ class _ReadingProcessor:
 
     def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states=None, **_unused) -> Tensor:
         # hidden_states [B,N,C] is the output of the block's norm1.
-        query = _split_heads(attn.to_q(hidden_states), attn.heads)
-        key = _split_heads(attn.to_k(hidden_states), attn.heads)
-        value = _split_heads(attn.to_v(hidden_states), attn.heads)
+        query = split_heads(attn.to_q(hidden_states), attn.heads)
+        key = split_heads(attn.to_k(hidden_states), attn.heads)
+        value = split_heads(attn.to_v(hidden_states), attn.heads)
 
         batch = hidden_states.shape[0]
         plain_rows = 0 if self.reading.reading_rows is None else batch - self.reading.reading_rows
@@ -215,8 +215,7 @@ class _ReadingProcessor:
                 parts.insert(0, F.scaled_dot_product_attention(*plain))
             output = torch.cat(parts) if len(parts) > 1 else parts[0]
 
-        output = output.transpose(1, 2).flatten(2).to(hidden_states.dtype)  # [B,N,C]
-        return attn.to_out[1](attn.to_out[0](output))
+        return finish(attn, output, hidden_states.dtype)
 
     def _keys_and_values(self, attn, rows: int, like: Tensor) -> list[tuple[Tensor, Tensor, float]]:
         """Keys and values of every reference that counts, by the *reader's* projections."""
@@ -224,13 +223,18 @@ class _ReadingProcessor:
         for reference in self.reading.references:
             if reference.weight == 0:
                 continue
-            bank = reference.banks[self.name].to(like.device, like.dtype)  # [1 or B, M, C]
-            key = _split_heads(attn.to_k(bank), attn.heads).expand(rows, -1, -1, -1)
-            value = _split_heads(attn.to_v(bank), attn.heads).expand(rows, -1, -1, -1)
+            bank = reference.banks[self.name].to(like.device, like.dtype, non_blocking=True)  # [1 or B, M, C]
+            key = split_heads(attn.to_k(bank), attn.heads).expand(rows, -1, -1, -1)
+            value = split_heads(attn.to_v(bank), attn.heads).expand(rows, -1, -1, -1)
             result.append((key, value, reference.weight))
         return result
 
 
-def _split_heads(tokens: Tensor, heads: int) -> Tensor:
+def split_heads(tokens: Tensor, heads: int) -> Tensor:
     """[B,N,C] -> [B,heads,N,C/heads]."""
     return tokens.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def finish(attn, output: Tensor, dtype: torch.dtype) -> Tensor:
+    """An attention's output by head [B,heads,N,C/heads], through its last projection: [B,N,C]."""
+    return attn.to_out[1](attn.to_out[0](output.transpose(1, 2).flatten(2).to(dtype)))

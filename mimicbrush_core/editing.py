@@ -4,31 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import images, masks
+from .acceleration import EXACT, Acceleration
 from .errors import ArgumentError, PictureError
+from .sampling import StepInfo
 
 MAX_GUIDANCE = 100.0
-VISIBLE = 0.5 / 255
-"""Mask values above this take some of the edit (they round to at least 1 of 255)."""
 
 
 @dataclass(frozen=True)
-class EditSettings:
-    """How an edit is made. None means the model's own default.
+class RepaintSettings:
+    """How an edit is made, by whatever system. None means the model's own default.
 
     seed: 0..2^63-1, drawn on the CPU: the same picture on every device, alone or in a batch.
-    steps: 1..500. guidance: 1 = conditional prediction only. scheduler: a name of `sampling.SCHEDULERS`;
+    steps: 1..500. guidance: 1 = conditional prediction only. scheduler: a name of `sampling.SCHEDULERS`, or `PLMS`;
         spacing: of its timesteps, a name of `sampling.SPACINGS`.
     size: side of the square the model works on, a multiple of 64; None: that of the encoded reference.
-    weight: of a reference given without its own; 0 = as if there were none, 1 = as trained.
-    keep_shape: 0..1, how strictly the source's depth is kept (texture transfer).
     zoom: edit a window around the mask at full resolution instead of the whole picture; margin: its border
         on each side relative to the mask's longer side; minimum: its smallest side in pixels.
+    paste_back: only the masked region is taken from the model's answer, the rest stays the source's own; otherwise
+        the whole window is the model's, as its VAE gives it back.
     feather: how many pixels the edit fades out beyond the mask.
     color_match: 0..1, how much of the colour difference just outside the mask is taken off the edit.
     count_up: in a batch, picture i takes seed + i; otherwise all take the same.
@@ -41,30 +42,28 @@ class EditSettings:
     scheduler: str | None = None
     spacing: str | None = None
     size: int | None = None
-    weight: float = 1.0
-    keep_shape: float = 0.0
     zoom: bool = False
     margin: float = 0.5
     minimum: int = masks.ZOOM_MINIMUM
+    paste_back: bool = True
     feather: int = 10
     color_match: float = 0.0
     count_up: bool = False
     at_once: int = 4
 
+    LIMITS: ClassVar[dict[str, tuple[float, float]]] = {
+        "seed": (0, 2**63 - 1),
+        "guidance": (0.0, MAX_GUIDANCE),
+        "margin": (0.0, 10.0),
+        "minimum": (1, images.MAX_SIDE),
+        "feather": (0, 256),
+        "color_match": (0.0, 1.0),
+        "at_once": (1, 1024),
+    }
+
     def check(self) -> None:
         """Raise ArgumentError for a number out of its range."""
-        limits = {
-            "seed": (0, 2**63 - 1),
-            "guidance": (0.0, MAX_GUIDANCE),
-            "weight": (0.0, 10.0),
-            "keep_shape": (0.0, 1.0),
-            "margin": (0.0, 10.0),
-            "minimum": (1, images.MAX_SIDE),
-            "feather": (0, 256),
-            "color_match": (0.0, 1.0),
-            "at_once": (1, 1024),
-        }
-        for name, (low, high) in limits.items():
+        for name, (low, high) in self.LIMITS.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ArgumentError(f"{name} is {value}; it must be between {low} and {high}.")
@@ -72,6 +71,30 @@ class EditSettings:
     def seeds(self, count: int) -> list[int]:
         """One per picture of a batch."""
         return [(self.seed + index) % 2**63 if self.count_up else self.seed for index in range(count)]
+
+
+@dataclass(frozen=True)
+class EditSettings(RepaintSettings):
+    """How MimicBrush makes an edit.
+
+    weight: of a reference given without its own; 0 = as if there were none, 1 = as trained.
+    keep_shape: 0..1, how strictly the source's depth is kept (texture transfer).
+    acceleration: what may be approximated, to be faster.
+    """
+
+    weight: float = 1.0
+    keep_shape: float = 0.0
+    acceleration: Acceleration = EXACT
+
+    LIMITS: ClassVar[dict[str, tuple[float, float]]] = {
+        **RepaintSettings.LIMITS,
+        "weight": (0.0, 10.0),
+        "keep_shape": (0.0, 1.0),
+    }
+
+    def check(self) -> None:
+        super().check()
+        self.acceleration.check()
 
 
 @dataclass(frozen=True)
@@ -100,7 +123,7 @@ class EditResult:
     raw: np.ndarray
     alpha: np.ndarray
     window: masks.CropWindow
-    settings: EditSettings
+    settings: RepaintSettings
 
 
 @dataclass(frozen=True)
@@ -114,7 +137,32 @@ class BatchResult:
     raw: Tensor
     alpha: Tensor
     window: masks.CropWindow
-    settings: EditSettings
+    settings: RepaintSettings
+
+
+class Reporter:
+    """Counts an edit's work and tells `on_progress` of it.
+
+    features: how many features of references are written ahead. total: these and all evaluations of the model.
+    preview(latents) -> uint8 [h,w,3].
+    """
+
+    def __init__(self, on_progress: Callable[[Progress], None] | None, features: int, total: int, preview):
+        self._tell = on_progress or (lambda progress: None)
+        self._features, self._total, self._preview = features, total, preview
+        self._written = self._steps = 0
+
+    def features(self, count: int) -> None:
+        """`count` more features were written."""
+        self._written += count
+        self._tell(Progress("reference", min(self._written, self._features), self._total))
+
+    def step(self, info: StepInfo) -> None:
+        """One more evaluation was made."""
+        self._steps += 1
+        # Features beyond the store's bound are not written ahead: sampling starts after all that were counted.
+        done = self._features + self._steps
+        self._tell(Progress("sampling", done, self._total, lambda: self._preview(info.predicted_latents)))
 
 
 # --- batches -------------------------------------------------------------------------------------------------
@@ -162,9 +210,9 @@ def checked_masks(mask: Tensor, height: int, width: int) -> list[np.ndarray]:
     return arrays
 
 
-def edit_window(mask_list: Sequence[np.ndarray], settings: EditSettings) -> masks.CropWindow:
+def edit_window(mask_list: Sequence[np.ndarray], settings: RepaintSettings) -> masks.CropWindow:
     """The window to work on: the whole picture, or with `zoom` a square around everything the masks touch."""
-    touched = np.maximum.reduce([mask > VISIBLE for mask in mask_list])
+    touched = np.maximum.reduce([mask > masks.VISIBLE for mask in mask_list])
     if not settings.zoom:
         return masks.whole_picture(*touched.shape)
     return masks.zoom_window(touched.astype(np.float32), settings.margin, settings.minimum, settings.feather)
@@ -173,11 +221,23 @@ def edit_window(mask_list: Sequence[np.ndarray], settings: EditSettings) -> mask
 # --- finishing a picture -------------------------------------------------------------------------------------
 
 
-def color_matched(raw: np.ndarray, part: np.ndarray, mask: np.ndarray, settings: EditSettings) -> np.ndarray:
+def opacity(mask: np.ndarray, window: masks.CropWindow, settings: RepaintSettings, soft: bool = False) -> np.ndarray:
+    """How much of the model's answer for `window` each pixel takes, uint8 [H,W]; mask float [H,W].
+
+    soft: the mask's grey values blend softly. Nothing of it where nothing is masked.
+    """
+    if settings.paste_back:
+        return masks.feather_alpha(mask, settings.feather, soft) * masks.binarize(mask).any()
+    alpha = np.zeros(mask.shape, np.uint8)
+    alpha[window.slices] = 255 * masks.binarize(mask).any()
+    return alpha
+
+
+def color_matched(raw: np.ndarray, part: np.ndarray, mask: np.ndarray, settings: RepaintSettings) -> np.ndarray:
     """The model's answer, shifted towards the source's colours at the seam; all uint8 [h,w,3], mask float [h,w]."""
     if settings.color_match == 0:
         return raw
-    offset = masks.seam_offset(raw, part, mask > VISIBLE, reach=settings.feather + 4)
+    offset = masks.seam_offset(raw, part, mask > masks.VISIBLE, reach=settings.feather + 4)
     shifted = raw + np.float32(settings.color_match) * offset
     return np.rint(shifted).clip(0, 255).astype(np.uint8)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .attention import reading_blocks
 from .errors import ArgumentError
+from .reuse import KeptTokens
 
 DEFAULT_STORE_BYTES = 2 << 30
 """Bound of one reference's store: 50 timesteps at 512 px take 0.7 GB in float16, 1.4 GB in float32."""
@@ -49,9 +50,9 @@ class _WritingProcessor:
 def write_features(reference_unet: nn.Module, latents: Tensor, timesteps: Tensor, tokens: Tensor) -> dict[str, Tensor]:
     """Run the reference U-Net and return the self-attention inputs of its middle and upper blocks.
 
-    latents [B,4,h,w] clean and scaled, timesteps [B], tokens [B,T,D]  ->  {block name: [B,M,C]}.
-    Inputs are cast to the U-Net's precision. The U-Net stops after its last bank, so its tail (24 tensors for
-    SD-1.5) is never used.
+    latents [B,4,h,w] clean and scaled, timesteps [B], tokens [B,T,D] (within `KeptTokens` [1,T,D] serve all)
+    ->  {block name: [B,M,C]}. Inputs are cast to the U-Net's precision. The U-Net stops after its last bank, so its
+    tail (24 tensors for SD-1.5) is never used.
     """
     dtype = next(reference_unet.parameters()).dtype
     blocks = reading_blocks(reference_unet)
@@ -77,6 +78,8 @@ class Reference:
     latents [1,4,h,w] clean and scaled; tokens [1,T,D]; owner: the model that encoded it.
     region [1,1,h,w] 0..1: only tokens inside are offered to the reader; None: all of them.
     store_bytes: the store's bound. What does not fit is computed again when it is asked for.
+    store_device: where features wait to be read; None: where they are computed. A host that counts what is on the
+    graphics card keeps them in its own memory, from where a step's (14 MB in float16 at 512 px) are sent ahead of it.
     """
 
     latents: Tensor
@@ -84,6 +87,7 @@ class Reference:
     owner: object
     region: Tensor | None = None
     store_bytes: int = DEFAULT_STORE_BYTES
+    store_device: torch.device | None = None
     features_computed: int = field(default=0, init=False)
     _store: dict[float, dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
@@ -102,20 +106,22 @@ class Reference:
         """
         wanted = [float(t) for t in timesteps]
         missing = self.missing(wanted)
-        for start in range(0, len(missing), at_once):
-            batch = missing[start : start + at_once]
-            known = next(iter(self._store.values()), {})  # all timesteps' features are equally large
-            if not self._make_room(_size_of(known), keep=wanted):
-                return
-            banks = self._write(reference_unet, batch)
-            for row, timestep in enumerate(batch):
-                # A copy, so that dropping one timestep's features frees its memory.
-                one = {name: bank[row : row + 1].clone() for name, bank in banks.items()}
-                if not self._make_room(_size_of(one), keep=wanted):
+        tokens = self._tokens_for(reference_unet)
+        with KeptTokens(reference_unet):
+            for start in range(0, len(missing), at_once):
+                batch = missing[start : start + at_once]
+                known = next(iter(self._store.values()), {})  # all timesteps' features are equally large
+                if not self._make_room(_size_of(known), keep=wanted):
                     return
-                self._store[timestep] = one
-            if on_batch is not None:
-                on_batch(len(batch))
+                banks = self._write(reference_unet, batch, tokens)
+                for row, timestep in enumerate(batch):
+                    # A copy, so that dropping one timestep's features frees its memory.
+                    one = {name: self._copy(bank[row : row + 1]) for name, bank in banks.items()}
+                    if not self._make_room(_size_of(one), keep=wanted):
+                        return
+                    self._store[timestep] = one
+                if on_batch is not None:
+                    on_batch(len(batch))
 
     def missing(self, timesteps: Sequence[float]) -> list[float]:
         """Those of `timesteps` whose features are not known, each once."""
@@ -124,7 +130,9 @@ class Reference:
     def banks_at(self, reference_unet: nn.Module, timestep: float) -> dict[str, Tensor]:
         """The features of one timestep, {block name: [1,M,C]}: from the store, or computed now."""
         known = self._store.get(float(timestep))
-        return known if known is not None else self._write(reference_unet, [float(timestep)])
+        if known is not None:
+            return known
+        return self._write(reference_unet, [float(timestep)], self._tokens_for(reference_unet))
 
     def clear(self) -> None:
         """Let all features go; they are computed again when needed."""
@@ -134,20 +142,29 @@ class Reference:
     def stored_bytes(self) -> int:
         return sum(_size_of(banks) for banks in self._store.values())
 
-    def _write(self, reference_unet: nn.Module, timesteps: Sequence[float]) -> dict[str, Tensor]:
-        count = len(timesteps)
+    def _tokens_for(self, reference_unet: nn.Module) -> Tensor:
+        parameter = next(reference_unet.parameters())
+        return self.tokens.to(parameter.device, parameter.dtype)
+
+    def _write(self, reference_unet: nn.Module, timesteps: Sequence[float], tokens: Tensor) -> dict[str, Tensor]:
+        count, device = len(timesteps), tokens.device
         self.features_computed += count
-        device = next(reference_unet.parameters()).device
         with torch.no_grad():
             banks = write_features(
                 reference_unet,
                 self.latents.to(device).expand(count, -1, -1, -1),
                 torch.tensor(timesteps, dtype=torch.float32, device=device),
-                self.tokens.to(device).expand(count, -1, -1),
+                tokens,
             )
         if self.region is None:
             return banks
         return {name: bank[:, _tokens_in(self.region, bank.shape[1]).to(device)] for name, bank in banks.items()}
+
+    def _copy(self, bank: Tensor) -> Tensor:
+        """A copy where the store is; in pinned memory where a graphics card is to read it from the host's."""
+        device = self.store_device or bank.device
+        pinned = bank.device.type == "cuda" and device.type == "cpu"
+        return torch.empty(bank.shape, dtype=bank.dtype, device=device, pin_memory=pinned).copy_(bank)
 
     def _make_room(self, size: int, keep: Sequence[float]) -> bool:
         """Whether `size` more bytes fit, after dropping (oldest first) what the schedule does not use."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import editing, images, masks
+from ..acceleration import EXACT, Acceleration, DeepFeatures
 from ..attention import ReferenceFeatures, ReferenceReading
 from ..checkpoints import embedded_model_path, load_modules
 from ..depth import DepthCondition, drawn_map, estimate_depth, fitted_depth_pictures, no_depth_map
@@ -24,6 +25,7 @@ from ..encoders import decode_latents, encode_latents, image_tokens, uncondition
 from ..errors import ArgumentError
 from ..modules import Modules
 from ..references import Reference, ReferenceUse
+from ..reuse import KeptTokens, SharedStart
 from ..sampling import StepInfo, denoise, guide, initial_noise, make_scheduler
 
 WHITE, BLACK = 255, 0
@@ -49,6 +51,20 @@ class SourceCondition:
         return torch.cat([self.mask, self.hole_latents, self.depth], dim=1)
 
 
+@dataclass(frozen=True)
+class _Step:
+    """What one step does.
+
+    features_at: the timestep whose reference features are read. active: the references read. guided: whether the
+    unconditional row is computed, too. deep: whether the U-Net's deep blocks are.
+    """
+
+    features_at: float
+    active: tuple[ReferenceUse, ...]
+    guided: bool
+    deep: bool
+
+
 class MimicBrush:
     """A loaded model. One instance serves any number of edits; it caches only constants of its weights."""
 
@@ -57,6 +73,7 @@ class MimicBrush:
         self.config = config
         self._unconditional: Tensor | None = None
         self._no_depth: Tensor | None = None
+        self._no_depth_features: dict[tuple[int, int], Tensor] = {}
 
     @classmethod
     def load(
@@ -71,10 +88,19 @@ class MimicBrush:
         modules, config = load_modules(path or embedded_model_path(), dtype=dtype, **files)
         return cls(modules, config).to(device)
 
+    def optimize(self, *, channels_last: bool = False, vae_tiling: bool = False) -> MimicBrush:
+        """Lay the U-Nets' weights out channels last; encode and decode large pictures in tiles. Both are inexact."""
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        for unet in (self.modules.unet, self.modules.reference_unet):
+            unet.to(memory_format=layout)
+        (self.modules.vae.enable_tiling if vae_tiling else self.modules.vae.disable_tiling)()
+        return self
+
     def to(self, device: str | torch.device) -> MimicBrush:
         for _, module in self.modules.items():
             module.to(device)
         self._unconditional = self._no_depth = None
+        self._no_depth_features.clear()
         return self
 
     @property
@@ -153,13 +179,14 @@ class MimicBrush:
         hole_latents = self._encode(pixels, noise)
         latent_size = tuple(hole_latents.shape[-2:])
         if keep_shape == 0:
-            depth = self._depth_feature(self.no_depth_map(), latent_size)
+            depth = self.no_depth_feature(latent_size)
         else:
             depth_map = self.estimate_depth(square) if depth_map is None else depth_map
             depth = self._depth_feature(depth_map, latent_size)
             if keep_shape != 1:
-                depth = torch.lerp(self._depth_feature(self.no_depth_map(), latent_size), depth, float(keep_shape))
-        return SourceCondition(latent_mask.to(hole_latents.device), hole_latents, depth)
+                depth = torch.lerp(self.no_depth_feature(latent_size), depth, float(keep_shape))
+        device = hole_latents.device
+        return SourceCondition(latent_mask.to(device), hole_latents, depth.to(device))
 
     @torch.no_grad()
     def estimate_depth(self, square: np.ndarray) -> Tensor:
@@ -224,6 +251,13 @@ class MimicBrush:
         return self._no_depth
 
     @torch.no_grad()
+    def no_depth_feature(self, latent_size: tuple[int, int]) -> Tensor:
+        """The depth channels of "no depth" [1,4,h,w]; a constant of the weights, computed once for each size."""
+        if latent_size not in self._no_depth_features:
+            self._no_depth_features[latent_size] = self._depth_feature(self.no_depth_map(), latent_size)
+        return self._no_depth_features[latent_size]
+
+    @torch.no_grad()
     def unconditional_tokens(self) -> Tensor:
         """Cross-attention tokens of "no reference" [1,T,D]; a constant of the weights, computed once."""
         if self._unconditional is None:
@@ -262,6 +296,7 @@ class MimicBrush:
         scheduler,
         guidance: float,
         *,
+        acceleration: Acceleration = EXACT,
         on_features: Callable[[int], None] | None = None,
         on_step: Callable[[StepInfo], None] | None = None,
     ) -> Tensor:
@@ -271,47 +306,73 @@ class MimicBrush:
         is read the conditional prediction is the unconditional one. The tokens of several references are attended
         to side by side. noise: float32 [B,4,h,w]. scheduler: of `sampling.make_scheduler`.
         guidance: 1 evaluates the conditional row only; otherwise e_u + g (e_c - e_u).
+        acceleration: what may be approximated.
         on_features(n): after n more features were written ahead; it may raise to cancel, like on_step.
         """
-        plan = self._reading_plan(references, scheduler)
+        plan = self._plan(references, scheduler, guidance, acceleration)
         for reference in dict.fromkeys(use.reference for use in references):  # once, if it is used twice
             self._check_reference(reference, noise)
-            read_at = [timestep for timestep, active in plan if any(use.reference is reference for use in active)]
+            read_at = [step.features_at for step in plan if any(use.reference is reference for use in step.active)]
             reference.prepare(self.modules.reference_unet, read_at, on_batch=on_features)
 
-        batch, device = len(noise), self.device
-        beside = condition.channels().to(device, self.dtype).expand(batch, -1, -1, -1)
-        steps = iter(plan)
+        unet, reference_unet, batch = self.modules.unet, self.modules.reference_unet, len(noise)
+        beside = condition.channels().to(self.device, self.dtype).expand(batch, -1, -1, -1)
+        tokens = self._tokens_by_step(plan, batch)
+        steps = zip(plan, tokens, strict=True)
 
-        with ReferenceReading(self.modules.unet) as reading:
+        with (
+            ReferenceReading(unet) as reading,
+            KeptTokens(unet),
+            SharedStart(unet) as start,
+            DeepFeatures(unet) as deep_features,
+        ):
             reading.reading_rows = batch
 
             def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-                active = next(steps)[1]
-                guided = bool(active) and guidance != 1
-                tokens = self._tokens(active, batch, guided)
+                step, step_tokens = next(steps)
                 reading.references = [
-                    ReferenceFeatures(use.reference.banks_at(self.modules.reference_unet, timestep), use.weight)
-                    for use in active
+                    ReferenceFeatures(use.reference.banks_at(reference_unet, step.features_at), use.weight)
+                    for use in step.active
                 ]
+                start.on = step.guided
                 model_input = torch.cat([latents.to(self.dtype), beside], dim=1)  # [B,13,h,w]
-                output = self.modules.unet(
-                    torch.cat([model_input] * (2 if guided else 1)), timestep, encoder_hidden_states=tokens
-                ).sample.float()
-                return guide(*output.chunk(2), guidance) if guided else output
+                if step.guided:
+                    model_input = model_input.repeat(2, 1, 1, 1)
+                if step.deep or not deep_features.serve(len(model_input)):
+                    output = unet(model_input, timestep, encoder_hidden_states=step_tokens).sample
+                else:
+                    output = deep_features.predict(model_input, timestep, step_tokens)
+                output = output.float()
+                return guide(*output.chunk(2), guidance) if step.guided else output
 
-            return denoise(predict, noise.to(device), scheduler, on_step)
+            return denoise(predict, noise.to(self.device), scheduler, on_step)
 
     @staticmethod
-    def _reading_plan(references: Sequence[ReferenceUse], scheduler) -> list[tuple[float, list[ReferenceUse]]]:
-        """For each step its timestep and the references read in it."""
+    def _plan(
+        references: Sequence[ReferenceUse], scheduler, guidance: float, acceleration: Acceleration
+    ) -> list[_Step]:
+        """What is done in each step."""
         timesteps = scheduler.timesteps.tolist()
-        return [
-            (timestep, [use for use in references if use.active(step, len(timesteps))])
-            for step, timestep in enumerate(timesteps)
-        ]
+        plan = []
+        for index in range(len(timesteps)):
+            active = tuple(use for use in references if use.active(index, len(timesteps)))
+            plan.append(
+                _Step(
+                    features_at=timesteps[acceleration.reference_step(index)],
+                    active=active,
+                    guided=bool(active) and guidance != 1 and acceleration.guided(index, len(timesteps)),
+                    deep=acceleration.deep(index),
+                )
+            )
+        return plan
 
-    def _tokens(self, active: Sequence[ReferenceUse], batch: int, guided: bool) -> Tensor:
+    def _tokens_by_step(self, plan: Sequence[_Step], batch: int) -> list[Tensor]:
+        """The tokens of each step; steps that read the same have the same tensor, as `KeptTokens` wants it."""
+        reads = [(step.active, step.guided) for step in plan]
+        tokens = {read: self._tokens(*read, batch) for read in dict.fromkeys(reads)}
+        return [tokens[read] for read in reads]
+
+    def _tokens(self, active: Sequence[ReferenceUse], guided: bool, batch: int) -> Tensor:
         """Cross-attention tokens [B or 2B, T, D], the unconditional rows first."""
         unconditional = self.unconditional_tokens().to(self.device, self.dtype).expand(batch, -1, -1)
         if not active:
@@ -457,6 +518,7 @@ class MimicBrush:
                 initial_noise([seeds[index] for index in chunk], tuple(condition.hole_latents.shape[1:])),
                 self._scheduler(settings),
                 settings.guidance,
+                acceleration=settings.acceleration,
                 on_features=report.features,
                 on_step=report.step,
             )
@@ -469,12 +531,12 @@ class MimicBrush:
         return make_scheduler(self.config["scheduler"], settings.scheduler, settings.steps, settings.spacing)
 
     def _reporter(self, references, settings: EditSettings, chunks: int, on_progress) -> _Reporter:
-        plan = self._reading_plan(references, self._scheduler(settings))
+        plan = self._plan(references, self._scheduler(settings), settings.guidance, settings.acceleration)
         missing = {
-            (id(use.reference), timestep)
-            for timestep, active in plan
-            for use in active
-            if use.reference.missing([timestep])
+            (id(use.reference), step.features_at)
+            for step in plan
+            for use in step.active
+            if use.reference.missing([step.features_at])
         }
         return _Reporter(on_progress, len(missing), len(missing) + chunks * len(plan), self.preview)
 
