@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,17 @@ import torch
 
 from mimicbrush_core.errors import ArgumentError
 from mimicbrush_core.evaluation import report, track
-from mimicbrush_core.evaluation.evaluate import KINDS, Outcome, Results, Score, answer, evaluate, score
+from mimicbrush_core.evaluation.evaluate import (
+    KINDS,
+    PICTURED,
+    Outcome,
+    Results,
+    Score,
+    answer,
+    drawn_by_lot,
+    evaluate,
+    score,
+)
 from mimicbrush_core.evaluation.metrics import PSNR_CAP, bootstrap_interval, masked_psnr, ssim
 from mimicbrush_core.evaluation.report import COLUMNS, TILE, card_table, sheet, summary, to_json
 from mimicbrush_core.evaluation.track import CASES, GROW, LARGEST_REGION, SETS, held_out_cases, scene_seed
@@ -341,12 +352,23 @@ def test_json_holds_every_case():
     assert document["summary"]["objects"]["psnr"]["autoencoder"] == 30
 
 
-def test_sheet_shows_the_first_cases(results):
-    page = sheet(results, per_set=1)
+def test_sheet_shows_all_pictured_cases(results):
+    page = sheet(results)
     assert page.mode == "RGB"
-    assert page.width >= len(COLUMNS) * TILE and page.height >= len(SETS) * TILE
-    taller = sheet(results, per_set=2)
-    assert taller.width == page.width and taller.height >= page.height + len(SETS) * TILE
+    assert page.width >= len(COLUMNS) * TILE and page.height >= 2 * len(SETS) * TILE
+    fewer = sheet(replace(results, pictured={name: kept[:1] for name, kept in results.pictured.items()}))
+    assert fewer.width == page.width and page.height >= fewer.height + len(SETS) * TILE
+
+
+def test_pictured_cases_are_drawn_by_lot():
+    """The same for every model, and not the first ones."""
+    assert drawn_by_lot(200) == drawn_by_lot(200) != frozenset(range(PICTURED))
+    assert len(drawn_by_lot(200)) == PICTURED and drawn_by_lot(200) <= frozenset(range(200))
+    assert drawn_by_lot(3) == {0, 1, 2}
+    results = Results("toy", SIZE, 10, 1.5, "ddim", to_picture=frozenset({1, 4}))
+    for index in range(6):
+        results.add(Outcome(SimpleNamespace(index=index, set_name="parts"), {}, {}))
+    assert [outcome.case.index for outcome in results.pictured["parts"]] == [1, 4]
 
 
 def test_sheet_rows_are_in_the_columns_order(results, monkeypatch):
@@ -354,7 +376,7 @@ def test_sheet_rows_are_in_the_columns_order(results, monkeypatch):
     monkeypatch.setattr(
         report, "contact_sheet", lambda rows, labels, tile, titles: drawn.update(rows=rows, titles=titles)
     )
-    sheet(results, per_set=2)
+    sheet(results)
     assert drawn["titles"] == [f"{name}, case {index}" for name in SETS for index in range(2)]
     outcomes = [outcome for name in SETS for outcome in results.pictured[name]]
     for row, outcome in zip(drawn["rows"], outcomes, strict=True):
@@ -366,8 +388,6 @@ def test_sheet_rows_are_in_the_columns_order(results, monkeypatch):
         assert len(np.unique(row[0][case.mask], axis=0)) == 1  # the hole shows nothing of what it hides
 
 
-def test_sheet_refuses_what_was_not_kept(results):
-    with pytest.raises(ArgumentError):
-        sheet(results, per_set=100)
+def test_sheet_refuses_results_without_pictures(results):
     with pytest.raises(ArgumentError):
         sheet(replace(results, pictured={}))

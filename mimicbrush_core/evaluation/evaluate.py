@@ -7,7 +7,7 @@ autoencoder's rendering of the truth, the best that any sampler could hope for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
@@ -28,7 +28,7 @@ KINDS = ("right", "wrong", "none", "autoencoder")
 """What a case is answered with: its own reference, another's, nothing; and the autoencoder's bound."""
 
 PICTURED = 6
-"""From each set the pictures of this many cases, the first ones, are kept for a sheet."""
+"""From each set the pictures of this many cases are kept for a sheet."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class Results:
     """What an evaluation found, and under which settings.
 
     model: its name. size: side of the pictures in pixels; steps, guidance, scheduler: as sampled.
-    scores: by set, one dictionary (`KINDS` -> Score) per case in order. pictured: by set, the first outcomes.
+    to_picture: which cases of each set are pictured. scores: by set, one dictionary (`KINDS` -> Score) per case in
+    order. pictured: by set, the outcomes of `to_picture`.
     """
 
     model: str
@@ -61,6 +62,7 @@ class Results:
     steps: int
     guidance: float
     scheduler: str
+    to_picture: frozenset[int] = frozenset(range(PICTURED))
     scores: dict[str, list[dict[str, Score]]] = field(default_factory=dict)
     pictured: dict[str, list[Outcome]] = field(default_factory=dict)
 
@@ -76,9 +78,8 @@ class Results:
         """Take in the next case of its set."""
         name = outcome.case.set_name
         self.scores.setdefault(name, []).append(outcome.scores)
-        pictured = self.pictured.setdefault(name, [])
-        if len(pictured) < PICTURED:
-            pictured.append(outcome)
+        if outcome.case.index in self.to_picture:
+            self.pictured.setdefault(name, []).append(outcome)
 
 
 def evaluate(
@@ -101,10 +102,15 @@ def evaluate(
     check_sets(sets, n)
     if batch < 1:
         raise ArgumentError(f"batch is {batch}; at least one case must be answered at a time.")
-    results = started(model, steps, guidance)
+    results = replace(started(model, steps, guidance), to_picture=drawn_by_lot(n))
     for set_name in sets:
         add_judged(model, held_out_cases(set_name, n, results.size, difficulty), results, batch, on_case)
     return results
+
+
+def drawn_by_lot(n: int) -> frozenset[int]:
+    """Which of n cases are pictured: the same for every model, chosen by nobody."""
+    return frozenset(np.random.default_rng(0).permutation(n)[:PICTURED].tolist())
 
 
 def started(model: MimicBrush, steps: int | None = None, guidance: float | None = None) -> Results:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..errors import ArgumentError
 from ..sheets import contact_sheet, show_mask
-from .evaluate import KINDS, PICTURED, Outcome, Results
+from .evaluate import KINDS, Outcome, Results
 from .metrics import bootstrap_interval
 from .track import scene_seed
 
@@ -110,14 +110,12 @@ def _with_interval(difference: dict[str, float], digits: int) -> str:
 # --- pictures ----------------------------------------------------------------------------------------------
 
 
-def sheet(results: Results, per_set: int = 4) -> Image.Image:
-    """The first cases of each set, whatever they look like: one row per case, `COLUMNS` across, RGB.
+def sheet(results: Results) -> Image.Image:
+    """The pictured cases of each set, whatever they look like: one row per case, `COLUMNS` across, RGB.
 
-    per_set: 1..`PICTURED`; sets evaluated on fewer cases show those. Results are shown unpasted.
+    Results are shown unpasted.
     """
-    if not 1 <= per_set <= PICTURED:
-        raise ArgumentError(f"per_set is {per_set}; pictures are kept of 1 to {PICTURED} cases of each set.")
-    shown = [outcome for outcomes in results.pictured.values() for outcome in outcomes[:per_set]]
+    shown = [outcome for outcomes in results.pictured.values() for outcome in outcomes]
     if not shown:
         raise ArgumentError("These results hold no case, so there is nothing to show.")
     titles = [f"{outcome.case.set_name}, case {outcome.case.index}" for outcome in shown]

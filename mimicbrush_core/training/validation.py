@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from ..evaluation.evaluate import KINDS, PICTURED, Results, add_judged, started
+from ..evaluation.evaluate import KINDS, Results, add_judged, started
 from ..evaluation.report import sheet, summary
 from ..evaluation.track import Case
 from ..systems.mimicbrush import MimicBrush
@@ -19,7 +19,7 @@ def judge(
     """Masked PSNR in dB by set, and a sheet of the first cases; steps, guidance: None = the model's defaults."""
     results = started(model, steps, guidance)
     add_judged(model, cases, results, at_once)
-    return Validation(_figures(results), sheet(results, PICTURED))
+    return Validation(_figures(results), sheet(results))
 
 
 def _figures(results: Results) -> dict[str, float]:
