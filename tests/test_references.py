@@ -292,3 +292,21 @@ def test_references_of_other_models_and_sizes_are_not_combined(reference):
     for uses in ([use, smaller], [smaller, use], [use, use, smaller]):
         with pytest.raises(ArgumentError, match="different sizes"):
             combined(uses)
+
+
+def test_features_wait_where_they_are_told_to(unet, reference):
+    reference.prepare(unet, TIMESTEPS[:1])
+    assert {bank.device.type for bank in reference.banks_at(unet, TIMESTEPS[0]).values()} == {"cpu"}
+    reference.clear()
+    reference.store_device = torch.device("meta")
+    reference.prepare(unet, TIMESTEPS[:1])
+    assert {bank.device.type for bank in reference.banks_at(unet, TIMESTEPS[0]).values()} == {"meta"}
+
+
+def test_all_timesteps_share_the_tokens_keys_and_values(unet, reference):
+    projected = []
+    first = next(module for module in unet.modules() if hasattr(module, "attn2")).attn2.to_k
+    hook = first.register_forward_hook(lambda module, given, output: projected.append(len(output)))
+    reference.prepare(unet, TIMESTEPS, at_once=2)
+    hook.remove()
+    assert projected == [1]
