@@ -15,12 +15,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from mimicbrush_core.checkpoints import embedded_model_path
+from mimicbrush_core.coarse_edit import CUT, DUPLICATE, FLIP_LEFT_RIGHT, MOVE, CoarseEdit, coarse_edit, over_checker
 from mimicbrush_core.editing import EditSettings
 from mimicbrush_core.examples import EXAMPLES
 from mimicbrush_core.images import resize_bilinear
+from mimicbrush_core.mask_tools import ChangeSettings, blended, change_mask
+from mimicbrush_core.masks import MAX_PRECISION_LEVEL, precise_mask
 from mimicbrush_core.references import ReferenceUse
 from mimicbrush_core.sheets import BACKGROUND, INK, show_mask
 from mimicbrush_core.systems.mimicbrush import MimicBrush
@@ -178,9 +182,76 @@ def of_depth(model: MimicBrush) -> dict[str, list[Panel]]:
         return model.edit(source, mask, encoded, depth=depth).picture
 
     seen = model.depth_condition([source]).as_pictures()[0].cpu().numpy()
-    seen = np.rint(seen * 255).astype(np.uint8)[..., None].repeat(3, axis=-1)
-    panels = [*given(source, mask, reference), *series("strength", [0, 0.5, 1], kept), ("depth picture", seen)]
+    panels = [*given(source, mask, reference), *series("strength", [0, 0.5, 1], kept), ("depth picture", grey(seen))]
     return {"depth_strength": panels}
+
+
+# --- the mask tools ------------------------------------------------------------------------------------------
+
+
+def of_masks(model: MimicBrush) -> dict[str, list[Panel]]:
+    """A box around the object is repainted; the change mask finds what of it differs, and only that is kept."""
+    source, mask, reference = EXAMPLE["object"].render()
+    encoded = model.encode_reference(reference)
+
+    def edited(level: int) -> np.ndarray:
+        return model.edit(source, precise_mask(mask, level), encoded, EditSettings(feather=2)).picture
+
+    def at_level(level: int) -> list[Panel]:
+        return [(f"level {level}", show_mask(source, precise_mask(mask, level))), ("image", edited(level))]
+
+    after = edited(MAX_PRECISION_LEVEL)
+    clear = ChangeSettings(threshold=16, clean_up=8)
+
+    def change(**settings) -> np.ndarray:
+        return grey(change_mask(source, after, replace(clear, **settings)))
+
+    changed = change_mask(source, after, clear)
+    image = blended(batch(source), batch(after), torch.from_numpy(changed)[None], feather=2)[0]
+    pair = [("before", source), ("after", after)]
+    return {
+        "level": [panel for level in (0, 2, MAX_PRECISION_LEVEL) for panel in at_level(level)],
+        "threshold": pair + series("threshold", [4, 10, 16, 22], lambda value: change(threshold=value)),
+        "clean_up": series("clean_up", [0, 4, 8, 16], lambda value: change(clean_up=int(value))),
+        "softness": series("softness", [0, 6], lambda value: change(softness=value)),
+        "blend": [("background", source), ("edited", after), ("mask", grey(changed)), ("image", eight_bits(image))],
+    }
+
+
+def of_coarse_edit() -> dict[str, list[Panel]]:
+    source, mask, _ = EXAMPLE["object"].render()
+
+    def edited(**settings) -> np.ndarray:
+        result = coarse_edit(batch(source), torch.from_numpy(mask)[None], CoarseEdit(**settings))
+        return eight_bits(over_checker(result.pictures))
+
+    place = {"x": 40, "y": -30, "scale": 0.7}
+    modes = [(f"mode {mode}", edited(mode=mode, **place)) for mode in (MOVE, DUPLICATE, CUT)]
+    turned = [
+        ("x 60, y 20", edited(x=60, y=20)),
+        ("scale 0.6", edited(scale=0.6)),
+        ("rotation 30", edited(rotation=30)),
+        (f"flip {FLIP_LEFT_RIGHT}", edited(flip=FLIP_LEFT_RIGHT)),
+    ]
+    return {
+        "mode": [("source, mask", show_mask(source, mask)), *modes],
+        "transform": turned,
+    }
+
+
+def batch(picture: np.ndarray) -> torch.Tensor:
+    """uint8 [H,W,3] as the nodes hand it over: float [1,H,W,3]."""
+    return torch.from_numpy(picture).float()[None] / 255
+
+
+def eight_bits(pictures: torch.Tensor) -> np.ndarray:
+    """The first of float [B,H,W,3], uint8 [H,W,3]."""
+    return np.rint(pictures[0].numpy() * 255).astype(np.uint8)
+
+
+def grey(mask: np.ndarray) -> np.ndarray:
+    """A mask float [H,W] to look at: uint8 [H,W,3]."""
+    return np.rint(mask * 255).astype(np.uint8)[..., None].repeat(3, axis=-1)
 
 
 def examples() -> list[Panel]:
@@ -193,7 +264,9 @@ def examples() -> list[Panel]:
 
 def main() -> None:
     model = MimicBrush.load(embedded_model_path())
-    for name, panels in (of_reference(model) | of_sampler(model) | of_depth(model)).items():
+    for name, panels in {**of_reference(model), **of_sampler(model), **of_depth(model), **of_masks(model)}.items():
+        write(name, panels)
+    for name, panels in of_coarse_edit().items():
         write(name, panels)
     write("examples", examples(), tile=160)
 

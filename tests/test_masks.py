@@ -1,4 +1,4 @@
-"""masks.py: mask arithmetic, zoom windows, paste-back and the seam's colours. The recorded pictures of the
+"""masks.py: mask arithmetic, precision, zoom windows, paste-back and the seam's colours. The recorded pictures of the
 original are the judge."""
 
 import time
@@ -182,6 +182,118 @@ def test_a_tiny_mask_covers_something_and_only_near_itself(size, side):
         assert (first * 8 // size - 1 <= cell).all() and (cell <= last * 8 // size + 1).all()
 
 
+# -------------------- precision
+
+
+def slow_gaussian(values, sigma):
+    """The definition, as a double loop of shifts over a padded picture."""
+    radius = int(np.ceil(3 * sigma))
+    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    weights /= weights.sum()
+    padded = np.pad(values.astype(np.float64), radius, mode="edge")
+    height, width = values.shape
+    rows = sum(w * padded[at : at + height] for at, w in enumerate(weights))
+    return sum(w * rows[:, at : at + width] for at, w in enumerate(weights))
+
+
+@pytest.mark.parametrize("sigma", [0.4, 2, 7.5])
+@pytest.mark.parametrize("shape", [(30, 41), (5, 3), (1, 9)])
+def test_gaussian_blur_equals_the_definition(shape, sigma):
+    values = np.random.default_rng(8).random(shape).astype(np.float32)
+    blurred = masks.gaussian_blur(values, sigma)
+    assert blurred.dtype == np.float32 and np.abs(blurred - slow_gaussian(values, sigma)).max() < 1e-6
+
+
+def random_mask(random):
+    """One to four boxes and specks, sometimes with soft values, as artists and segmenters leave them."""
+    height, width = (int(v) for v in random.integers(20, 120, 2))
+    mask = np.zeros((height, width), np.float32)
+    for _ in range(int(random.integers(1, 5))):
+        top, left, box_height, box_width = random_box(random, height, width)
+        if random.random() < 0.5:
+            box_height, box_width = min(box_height, 3), min(box_width, 3)
+        mask[top : top + box_height, left : left + box_width] = 1
+    if random.random() < 0.3:
+        mask = masks.gaussian_blur(mask, 2).clip(0, 1)
+    return mask
+
+
+def test_every_precision_contains_the_finer_ones_from_the_silhouette_to_the_box():
+    random = np.random.default_rng(12)
+    for _ in range(150):
+        mask = random_mask(random)
+        kept = mask.copy()
+        ladder = [masks.precise_mask(mask, level) for level in range(5)]
+        assert np.array_equal(mask, kept) and all(one.dtype == np.float32 for one in ladder)
+        assert np.array_equal(ladder[0], mask) and ladder[0] is not mask
+        for finer, coarser in zip(ladder[:-1], ladder[1:], strict=True):
+            assert (coarser >= finer).all() and coarser.max() <= 1
+        rows, columns = (np.flatnonzero((mask > 0.5 / 255).any(axis)) for axis in (1, 0))
+        box = np.zeros(mask.shape, bool)
+        box[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = True
+        assert (ladder[4][box] == 1).all() and np.array_equal(ladder[4][~box], mask[~box])
+
+
+@pytest.mark.parametrize(("side", "sigmas"), [(512, (6, 14, 30)), (128, (1.5, 3.5, 7.5))])
+def test_the_levels_between_are_what_the_blurs_lift_above_a_tenth(side, sigmas):
+    """An ellipse with a leg, on a picture of `side` x 1.5 side."""
+    y, x = np.mgrid[:side, : side * 3 // 2] / side
+    mask = ((x - 0.7) ** 2 / 0.3**2 + (y - 0.4) ** 2 / 0.2**2 < 1) | ((abs(x - 0.6) < 0.02) & (y > 0.4) & (y < 0.9))
+    mask = mask.astype(np.float32)
+    box = masks.precise_mask(mask, 4) == 1
+    expected = mask > 0
+    for level, sigma in enumerate(sigmas, 1):
+        blurred = slow_gaussian(mask, sigma)
+        expected |= (blurred > 0.1) & box
+        unclear = abs(blurred - 0.1) < 1e-6
+        assert np.array_equal((masks.precise_mask(mask, level) == 1)[~unclear], expected[~unclear])
+        assert 1.05 * mask.sum() < expected.sum() < box.sum()
+
+
+def test_a_speck_that_a_wide_blur_loses_keeps_its_surroundings():
+    mask = box_mask(512, 512, 100, 100, 8, 8)
+    mask[400:404, 400:404] = mask[104:108, 404:408] = 1
+    narrow, wide = (masks.precise_mask(mask, level) for level in (1, 3))
+    assert narrow[110, 104] == 1 == wide[110, 104] and mask[110, 104] == 0
+    assert slow_gaussian(mask, 30)[110, 104] < 0.1
+
+
+def test_precision_keeps_soft_values_and_leaves_an_empty_mask_empty():
+    mask = box_mask(64, 64, 20, 20, 20, 20) * np.float32(0.05)  # too faint for the blur to lift
+    assert np.array_equal(masks.precise_mask(mask, 3), mask)
+    assert masks.precise_mask(mask, 4)[20:40, 20:40].min() == 1
+    dust = np.full((16, 16), 0.4 / 255, np.float32)
+    for level in range(5):
+        assert np.array_equal(masks.precise_mask(dust, level), dust)
+
+
+@pytest.mark.parametrize("level", [-1, 5, 1.5, True, None])
+def test_a_precision_that_does_not_exist_is_refused(level):
+    with pytest.raises(ArgumentError, match=r"level is .* whole number from 0 .*silhouette.* to 4 .*bounding box"):
+        masks.precise_mask(np.ones((16, 16), np.float32), level)
+
+
+# -------------------- cleaning up
+
+
+@pytest.mark.parametrize("pixels", [2, 5])
+def test_clean_up_removes_spots_and_gaps_of_twice_its_pixels_and_keeps_larger_ones(pixels):
+    mask = box_mask(200, 200, 100, 0, 100, 200)
+    small, large = 2 * pixels, 4 * pixels
+    mask[30 : 30 + small, 30 : 30 + small] = mask[30 : 30 + large, 100 : 100 + large] = 1
+    mask[150 : 150 + small, 30 : 30 + small] = mask[150 : 150 + large, 100 : 100 + large] = 0
+    cleaned = masks.cleaned(mask, pixels)
+    assert cleaned.dtype == bool
+    assert not cleaned[20:60, 20:60].any() and cleaned[140:180, 20:60].all()
+    assert cleaned[30 + large // 2, 100 + large // 2] and not cleaned[150 + large // 2, 100 + large // 2]
+    assert np.array_equal(cleaned[:, 180:], mask[:, 180:] > 0), "a straight edge stays where it is"
+
+
+def test_clean_up_of_nothing_changes_nothing():
+    mask = np.random.default_rng(2).random((20, 30)) > 0.5
+    assert np.array_equal(masks.cleaned(mask, 0), mask)
+
+
 # -------------------- feather
 
 
@@ -306,6 +418,13 @@ def test_paste_back_of_floats_takes_an_alpha_per_picture():
 
 
 # -------------------- crop windows
+
+
+def test_a_window_around_two_and_one_seen_from_another():
+    first, second = masks.CropWindow(10, 40, 5, 6), masks.CropWindow(2, 44, 9, 1)
+    around = first.joined(second)
+    assert around == second.joined(first) == masks.CropWindow(2, 40, 13, 6)
+    assert first.within(around) == masks.CropWindow(8, 0, 5, 6)
 
 
 def test_whole_picture():
