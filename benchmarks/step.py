@@ -3,6 +3,7 @@
     python -m benchmarks.step                    SD-1.5 sizes, 512 px, random weights
     python -m benchmarks.step --size 1024 --rounds 3
     python -m benchmarks.step --small            narrow U-Nets: does it run and agree, says nothing on speed
+    python -m benchmarks.step --accelerate channels_last
     python -m benchmarks.step --check-golden     the yardstick against the original's recorded predictions
 
 Only ratios mean anything: in each round every variant runs once, and ratios are taken within the round.
@@ -13,8 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -27,7 +27,24 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import DTYPES, SEED, machine_facts, model_config, print_facts, random_part
+from benchmarks.common import (
+    CLOCKS,
+    DTYPES,
+    SEED,
+    Variant,
+    argument_parser,
+    deliver,
+    markdown_table,
+    model_config,
+    on_cuda,
+    random_part,
+    ratios,
+    spread,
+    spread_text,
+    started,
+    time_rounds,
+)
+from benchmarks.opt_ins import OPT_INS
 from mimicbrush_core import attention
 from mimicbrush_core.attention import blend_by_two_calls, reading_blocks
 from mimicbrush_core.modules import Modules, build_part
@@ -37,7 +54,6 @@ from mimicbrush_core.systems.mimicbrush import MimicBrush, SourceCondition
 
 ORIGINAL, PLAIN = "original", "plain"
 FIRST_RUN, KNOWN, TWO_CALLS = "first run", "known reference", "two calls"
-VARIANTS = (ORIGINAL, PLAIN, FIRST_RUN, KNOWN, TWO_CALLS)
 SAME_RESULT = (FIRST_RUN, KNOWN, TWO_CALLS)
 """The variants that must predict what the original predicts."""
 
@@ -47,7 +63,6 @@ GOALS = {
 }
 """Largest acceptable time ratio by size, for the real model on a CPU."""
 
-CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 TIMESTEP, GUIDANCE = 501, 5.0
 IMAGE_TOKENS = 257
 LATENT_FACTOR = 8
@@ -216,16 +231,11 @@ class PredictionOnly:
         return (output,)
 
 
-@dataclass(frozen=True)
-class Variant:
-    """run: one step, returns the guided prediction [1,4,h,w]; before: what has to be so first, not timed."""
+def make_variants(model: StepModel, inputs: StepInputs, accelerations: Sequence[str] = ()) -> dict[str, Variant]:
+    """All variants on the same modules and inputs. Ours are `MimicBrush.sample`, nothing rebuilt.
 
-    run: Callable[[], Tensor]
-    before: Callable[[], None] = lambda: None
-
-
-def make_variants(model: StepModel, inputs: StepInputs) -> dict[str, Variant]:
-    """All variants on the same modules and inputs. Ours are `MimicBrush.sample`, nothing rebuilt."""
+    Each runs one step and returns the guided prediction [1,4,h,w].
+    """
     unet, reference_unet = model.modules.unet, model.modules.reference_unet
     reference = Reference(inputs.reference_latents.to(unet.dtype), inputs.tokens.to(unet.dtype), owner=model)
     condition = SourceCondition(inputs.mask, inputs.hole_latents, inputs.depth)
@@ -240,7 +250,7 @@ def make_variants(model: StepModel, inputs: StepInputs) -> dict[str, Variant]:
         output = unet(inputs.model_input(unet.dtype), TIMESTEP, encoder_hidden_states=tokens).sample
         return guide(*output.float().chunk(2), GUIDANCE)
 
-    def ours() -> Tensor:
+    def ours(model: StepModel = model, reference: Reference = reference) -> Tensor:
         return model.sample(condition, [ReferenceUse(reference, 1.0)], inputs.latents, scheduler, GUIDANCE)
 
     def by_two_calls() -> Tensor:
@@ -250,13 +260,20 @@ def make_variants(model: StepModel, inputs: StepInputs) -> dict[str, Variant]:
     def know() -> None:
         reference.prepare(reference_unet, [TIMESTEP])
 
+    def accelerated(name: str) -> Variant:
+        prepared = OPT_INS[name].applied(model)
+        own = Reference(reference.latents, reference.tokens, owner=prepared)
+        return Variant(
+            lambda: ours(prepared, own), before=lambda: own.prepare(prepared.modules.reference_unet, [TIMESTEP])
+        )
+
     return {
         ORIGINAL: Variant(original),
         PLAIN: Variant(plain),
         FIRST_RUN: Variant(ours, before=reference.clear),
         KNOWN: Variant(ours, before=know),
         TWO_CALLS: Variant(by_two_calls, before=know),
-    }
+    } | {name: accelerated(name) for name in accelerations}
 
 
 # --- count, compare, time ----------------------------------------------------------------------------------
@@ -290,76 +307,41 @@ def differences(variants: dict[str, Variant]) -> dict[str, float]:
     }
 
 
-def time_rounds(
-    variants: dict[str, Variant], rounds: int, device: str, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, list[float]]:
-    """Seconds of each variant in each round; every other round in reverse order."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for index in range(rounds):
-        names = list(variants) if index % 2 == 0 else list(reversed(variants))
-        for name in names:
-            variants[name].before()
-            _synchronize(device)
-            start = clock()
-            variants[name].run()
-            _synchronize(device)
-            seconds[name].append(clock() - start)
-        print(f"round {index + 1} of {rounds} done", file=sys.stderr, flush=True)
-    return seconds
-
-
-def _synchronize(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def ratios(seconds: dict[str, list[float]], name: str, yardstick: str) -> list[float]:
-    """Time of a variant over that of a yardstick, within each round."""
-    return [mine / other for mine, other in zip(seconds[name], seconds[yardstick], strict=True)]
-
-
 # --- report ------------------------------------------------------------------------------------------------
 
 
-def print_table(flops: dict[str, int], seconds: dict[str, list[float]], goals: dict) -> None:
+def make_table(flops: dict[str, int], seconds: dict[str, list[float]], goals: dict) -> str:
     """Counted and measured ratios to both yardsticks, side by side."""
-    header = "counted measured (min..max)     goal"
-    rows = [("", "", f"of {ORIGINAL}", f"of {PLAIN}", ""), ("", "TFLOP", header, header, "median s")]
-    for name in VARIANTS:
-        cells = [_cell(flops, seconds, goals, name, yardstick) for yardstick in (ORIGINAL, PLAIN)]
-        rows.append((name, f"{flops[name] / 1e12:.4f}", *cells, f"{median(seconds[name]):.3f}"))
-    for name, count, of_original, of_plain, time_taken in rows:
-        print(f"{name:16} {count:>8} | {of_original:40} | {of_plain:40} | {time_taken:>8}")
+    header = ["one step", "TFLOP"]
+    for yardstick in (ORIGINAL, PLAIN):
+        header += [f"counted / {yardstick}", f"measured / {yardstick} (min..max)", "goal"]
+    rows = []
+    for name, taken in seconds.items():
+        cells = [cell for yardstick in (ORIGINAL, PLAIN) for cell in _cells(flops, seconds, goals, name, yardstick)]
+        rows.append([name, f"{flops[name] / 1e12:.4f}" if name in flops else "", *cells, f"{median(taken):.3f}"])
+    return markdown_table([*header, "median s"], rows)
 
 
-def _cell(flops: dict, seconds: dict, goals: dict, name: str, yardstick: str) -> str:
+def _cells(flops: dict, seconds: dict, goals: dict, name: str, yardstick: str) -> tuple[str, str, str]:
     if name == yardstick:
-        return f"{1:7.3f}"
-    counted, measured = flops[name] / flops[yardstick], ratios(seconds, name, yardstick)
-    text = f"{counted:7.3f} {median(measured):8.3f} ({min(measured):.3f}..{max(measured):.3f})"
+        return "1", "1", ""
+    measured = spread(ratios(seconds, name, yardstick))
     goal = goals.get((name, yardstick))
-    if goal is None:
-        return text
-    return f"{text} {goal:.2f} {'met' if median(measured) <= goal else 'missed'}"
+    met = "" if goal is None else f"{goal:.2f} {'met' if measured['median'] <= goal else 'missed'}"
+    return f"{flops[name] / flops[yardstick]:.3f}" if name in flops else "", spread_text(measured), met
 
 
-def report(facts: dict, flops: dict, difference: dict, seconds: dict) -> dict:
-    """The same as plain data, for `--json`."""
+def all_ratios(flops: dict[str, int], seconds: dict[str, list[float]]) -> dict[str, dict]:
+    """The same as plain data: {"variant / yardstick": counted, median, min, max, rounds}; no count, if accelerated."""
     return {
-        "facts": facts,
-        "flops": flops,
-        "difference": difference,
-        "seconds": seconds,
-        "ratios": {
-            f"{name} / {yardstick}": {
-                "counted": flops[name] / flops[yardstick],
-                "median": median(ratios(seconds, name, yardstick)),
-                "rounds": ratios(seconds, name, yardstick),
-            }
-            for yardstick in (ORIGINAL, PLAIN)
-            for name in VARIANTS
-            if name != yardstick
-        },
+        f"{name} / {yardstick}": {
+            "counted": flops[name] / flops[yardstick] if name in flops else None,
+            **spread(ratios(seconds, name, yardstick)),
+            "rounds": ratios(seconds, name, yardstick),
+        }
+        for yardstick in (ORIGINAL, PLAIN)
+        for name in seconds
+        if name != yardstick
     }
 
 
@@ -374,26 +356,16 @@ def check_golden(folder: Path) -> bool:
 def check_agreement(difference: dict[str, float], tolerance: float) -> bool:
     """Print the differences; the reference must matter by far more than what is allowed."""
     print(f"guided prediction against {ORIGINAL!r}, relative; allowed {tolerance:.0e}")
-    for name in SAME_RESULT:
-        print(f"  {name:16} {difference[name]:.1e}")
-    print(f"  {'no reference':16} {difference[PLAIN]:.1e}   (what a wrong reading could differ by)")
+    for name, value in difference.items():
+        note = "   (no reference: what a wrong reading could differ by)" if name == PLAIN else ""
+        print(f"  {name:16} {value:.1e}{note}")
     return max(difference[name] for name in SAME_RESULT) <= tolerance < difference[PLAIN] / 2
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--size", type=int, help="picture side in pixels, a multiple of 64 (512; small: 256)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="process: CPU seconds, for a busy machine")
-    parser.add_argument("--small", action="store_true", help="narrow U-Nets of the same topology")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there, too")
+    parser = argument_parser("step", __doc__, rounds=5)
+    in_a_step = [name for name, one in OPT_INS.items() if one.in_step]
+    parser.add_argument("--accelerate", nargs="+", choices=in_a_step, default=[], metavar="NAME", help=str(in_a_step))
     parser.add_argument(
         "--check-golden",
         type=Path,
@@ -406,41 +378,35 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     chosen.size = chosen.size or (256 if chosen.small else 512)
     if chosen.size % 64:
         parser.error(f"--size is {chosen.size}; it must be a multiple of 64")
-    if chosen.rounds < 1 or chosen.threads < 1:
-        parser.error("--rounds and --threads must be at least 1")
     return chosen
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0, or 1 where two sides that must agree do not. Missing a goal is not an error."""
     chosen = parse_arguments(arguments)
-    torch.set_num_threads(chosen.threads)
     if chosen.check_golden:
         return 0 if check_golden(chosen.check_golden) else 1
 
     config, dtype = model_config(chosen.small), DTYPES[chosen.dtype]
-    facts = machine_facts(chosen.device, chosen.dtype, chosen.threads, chosen.size)
-    facts["clock"] = chosen.clock
+    facts = started(chosen, chosen.size)
     facts["channels"] = str(tuple(config["unet"]["block_out_channels"]))
-    print_facts(facts)
 
     flops = count_flops(config, chosen.size)
     inputs = random_inputs(config, chosen.size, chosen.device)
     model = StepModel(config, chosen.device, dtype, inputs.unconditional_tokens)
-    variants = make_variants(model, inputs)
+    variants = make_variants(model, inputs, chosen.accelerate)
 
-    on_cuda = torch.device(chosen.device).type == "cuda"
-    tolerance = TF32_TOLERANCE if on_cuda and dtype == torch.float32 else TOLERANCES[dtype]
+    rounded = on_cuda(chosen.device) and dtype == torch.float32
     difference = differences(variants)  # this also warms every variant up
-    if not check_agreement(difference, tolerance):
+    if not check_agreement(difference, TF32_TOLERANCE if rounded else TOLERANCES[dtype]):
         print("The variants do not agree; there is nothing to time.")
         return 1
 
     seconds = time_rounds(variants, chosen.rounds, chosen.device, CLOCKS[chosen.clock])
     goals = GOALS.get(chosen.size, {}) if chosen.device == "cpu" and not chosen.small else {}
-    print_table(flops, seconds, goals)
-    if chosen.json:
-        chosen.json.write_text(json.dumps(report(facts, flops, difference, seconds), indent=2) + "\n")
+    table = make_table(flops, seconds, goals)
+    found = {"flops": flops, "difference": difference, "seconds": seconds, "ratios": all_ratios(flops, seconds)}
+    deliver(chosen, facts, table, **found)
     return 0
 
 
