@@ -2,11 +2,15 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .acceleration import AccelerationNode
+from .coarse_edit import CoarseEditNode
 from .depth import DepthConditionNode
 from .examples import ExamplePictures
 from .files import ConvertMimicBrush, DownloadMimicBrush
 from .host import register_model_folder
 from .load import LoadMimicBrush
+from .mask_tools import BackgroundBlend, ChangeMask, MaskPrecision
+from .native import ImitativeModel
 from .reference import CombineReferences, EncodeReference
 from .sampler import ImitativeSampler
 
@@ -16,6 +20,12 @@ NODES: list[type[io.ComfyNode]] = [
     CombineReferences,
     DepthConditionNode,
     ImitativeSampler,
+    AccelerationNode,
+    ImitativeModel,
+    MaskPrecision,
+    ChangeMask,
+    BackgroundBlend,
+    CoarseEditNode,
     ExamplePictures,
     DownloadMimicBrush,
     ConvertMimicBrush,

@@ -71,21 +71,26 @@ PART_GROUPS = {
     "pictures": ("vae", "depth_projector"),
     "image": ("image_encoder", "image_projection"),
     "depth": ("depth_network",),
-    "unets": ("unet", "reference_unet"),
+    "unet": ("unet",),
+    "reference": ("reference_unet",),
 }
 """Which parts go to the device together: modules that are not the manager's own must be on it or off it, whole."""
 
 
 class LoadedMimicBrush:
-    """A MimicBrush whose weights ComfyUI's memory manager moves; what a MIMICBRUSH_MODEL wire carries."""
+    """A MimicBrush whose weights ComfyUI's memory manager moves; what a MIMICBRUSH_MODEL wire carries.
+
+    native: ComfyUI's own MODEL of the same weights (`native_model`), made when it is first asked for.
+    """
 
     def __init__(self, model: MimicBrush):
         self.model = model
+        self.native: comfy.model_patcher.ModelPatcher | None = None
         device = comfy.model_management.get_torch_device()
-        offload = comfy.model_management.unet_offload_device()
-        self._patchers = {
-            group: comfy.model_patcher.ModelPatcher(
-                MimicBrushParts({name: getattr(model.modules, name) for name in names}), device, offload
+        self.offload_device = comfy.model_management.unet_offload_device()
+        self.patchers = {
+            group: WholePatcher(
+                MimicBrushParts({name: getattr(model.modules, name) for name in names}), device, self.offload_device
             )
             for group, names in PART_GROUPS.items()
         }
@@ -93,7 +98,7 @@ class LoadedMimicBrush:
     def bring(self, *groups: str, size: int | None = None, pictures: int = 1) -> MimicBrush:
         """The model, with these groups on the device together and room for the work on `pictures` of `size`."""
         comfy.model_management.load_models_gpu(
-            [self._patchers[group] for group in groups],
+            [self.patchers[group] for group in groups],
             memory_required=working_memory(size or self.model.config["defaults"]["size"], pictures, self.model.dtype),
             force_full_load=True,
         )
@@ -107,6 +112,40 @@ class MimicBrushParts(torch.nn.Module):
         super().__init__()
         for name, part in parts.items():
             self.add_module(name, part)
+        self.home = home_of(self)
+
+
+def home_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Where a module's weights are now, by name."""
+    return {name: weight.data for name, weight in module.named_parameters()}
+
+
+class HomingPatcher(comfy.model_patcher.ModelPatcher):
+    """Brings weights from the device back to where they came from, `model.home`, instead of into a new copy.
+
+    So two modules of one home can be moved each by its own patcher: what one has on the device, LoRAs included, never
+    reaches the other, and off the device both have the same weights in memory, once. What the manager only takes down
+    in part (`partially_unload`) is a copy until the rest follows: newer hosts pin it in place right away.
+    """
+
+    def unpatch_model(self, device_to=None, unpatch_weights=True):
+        if unpatch_weights:
+            super().unpatch_model(None, True)  # what a LoRA changed gives way first, by the manager's own books
+            for name, weight in self.model.named_parameters():
+                home = self.model.home.get(name)  # none for what another pack put into the model
+                if home is not None and home.device == device_to:
+                    weight.data = home
+        super().unpatch_model(device_to, unpatch_weights)
+
+
+class WholePatcher(HomingPatcher):
+    """Moves a module whole or not at all: only layers that are the manager's own work while they are away."""
+
+    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        super().load(device_to, 0, force_patch_weights, full_load=True)
+
+    def partially_unload(self, *args, **kwargs) -> int:
+        return 0  # bytes freed; the manager then unloads all of it
 
 
 def working_memory(size: int, pictures: int, dtype: torch.dtype) -> int:

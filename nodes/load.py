@@ -42,6 +42,26 @@ class LoadMimicBrush(io.ComfyNode):
                     "memory; bf16 is for cards that are faster in it; fp32 is the most exact. The depth network "
                     "always computes in fp32.",
                 ),
+                io.Boolean.Input(
+                    "channels_last",
+                    default=False,
+                    optional=True,
+                    tooltip="Lays the weights out as many graphics cards compute faster with. Changes the last bits.",
+                ),
+                io.Boolean.Input(
+                    "vae_tiling",
+                    default=False,
+                    optional=True,
+                    tooltip="Encodes and decodes in overlapping tiles where the model works above 512 pixels: for "
+                    "little memory. Changes colours very slightly.",
+                ),
+                io.Boolean.Input(
+                    "compiled",
+                    default=False,
+                    optional=True,
+                    tooltip="Compiles the model's blocks (torch.compile): the first edit at each size waits for it, "
+                    "the next are faster. Needs a working compiler; changes the last bits.",
+                ),
             ],
             outputs=[
                 MODEL.Output(
@@ -63,19 +83,20 @@ class LoadMimicBrush(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name, precision) -> tuple:
+    def fingerprint_inputs(cls, model_name, precision, **switches) -> tuple:
         if model_name is None:
             return ()  # it comes over a wire; the host looks at where it comes from
         path = _path(model_name)
         state = os.stat(path)
-        return model_name, precision, state.st_mtime_ns, state.st_size
+        return model_name, precision, *switches.items(), state.st_mtime_ns, state.st_size
 
     @classmethod
-    def execute(cls, model_name, precision) -> io.NodeOutput:
+    def execute(cls, model_name, precision, channels_last=False, vae_tiling=False, compiled=False) -> io.NodeOutput:
         check_choice("precision", precision, PRECISIONS)
         # Weights made under inference mode could never be moved or changed outside of it.
         with torch.inference_mode(False):
             model = MimicBrush.load(_path(model_name), dtype=host.computing_dtype(precision))
+            model.optimize(channels_last=channels_last, compiled=compiled, vae_tiling=vae_tiling)
         return io.NodeOutput(host.LoadedMimicBrush(model))
 
 

@@ -88,7 +88,10 @@ class EncodeReference(io.ComfyNode):
         uses = []
         for one, region in zip(repeated(pictures, count), repeated(masks, count), strict=True):
             stop_if_interrupted()
-            uses.append(ReferenceUse(brush.encode_reference(one, size or None, mask=region), weight, start, end))
+            reference = brush.encode_reference(one, size or None, mask=region)
+            # The memory manager does not know of the features: they wait where it lets weights wait.
+            reference.store_device = model.offload_device
+            uses.append(ReferenceUse(reference, weight, start, end))
         return io.NodeOutput(uses)
 
 

@@ -10,6 +10,7 @@ CATEGORY = "MimicBrush"
 
 MODEL = io.Custom("MIMICBRUSH_MODEL")  # host.LoadedMimicBrush
 REFERENCE = io.Custom("MIMICBRUSH_REFERENCE")  # list of mimicbrush_core.references.ReferenceUse
+ACCELERATION = io.Custom("MIMICBRUSH_ACCELERATION")  # mimicbrush_core.acceleration.Acceleration
 DEPTH = io.Custom("MIMICBRUSH_DEPTH")  # mimicbrush_core.depth.DepthCondition
 
 

@@ -136,9 +136,20 @@ class PreviewText:
     text: str
 
 
+@dataclasses.dataclass
+class PreviewImage:
+    """Pictures [B,H,W,3] shown on the node."""
+
+    image: torch.Tensor
+    cls: type | None = None
+
+
 def object_info(node: type) -> dict:
     """A node as /object_info tells of it, in the fields this stand-in knows."""
     schema = node.define_schema()
+    ids = [one.id for one in (*schema.inputs, *schema.outputs)]
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{schema.node_id}: an id is there twice, of inputs and outputs: {ids}")
     inputs: dict[str, dict] = {"required": {}}
     for one in schema.inputs:
         inputs.setdefault(one.group, {})[one.id] = one.info()
@@ -234,11 +245,12 @@ class Host:
 
     def _latest(self) -> ModuleType:
         names = {"Image": "IMAGE", "Mask": "MASK"} | {
-            name: name.upper() for name in ("Int", "Float", "Boolean", "String", "Combo")
+            name: name.upper()
+            for name in ("Int", "Float", "Boolean", "String", "Combo", "Model", "Conditioning", "Latent", "Vae")
         }
         types = {name: IoType(io_type) for name, io_type in names.items()}
         io = SimpleNamespace(ComfyNode=ComfyNode, Schema=self.schema, NodeOutput=NodeOutput, Custom=IoType, **types)
-        ui = SimpleNamespace(PreviewText=PreviewText)
+        ui = SimpleNamespace(PreviewText=PreviewText, PreviewImage=PreviewImage)
         return _module("comfy_api.latest", io=io, ui=ui, ComfyExtension=ComfyExtension)
 
     def _model_management(self) -> ModuleType:
@@ -264,7 +276,9 @@ class Host:
                 self.model = model
                 model.device = offload_device  # as the real one does: not every class allows that
                 for module in model.modules():
-                    module.register_forward_pre_hook(self._check)
+                    # Without weights there is nothing to bring; older diffusers share one ReLU among all models.
+                    if [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+                        module.register_forward_pre_hook(self._check)
 
             def _check(self, module, _inputs):
                 if not (host.loads and self in host.loads[-1].models):

@@ -130,7 +130,7 @@ def test_the_stand_in_notices_what_was_not_brought(host, model):
     with pytest.raises(NotOnDevice):
         model.model.estimate_depth(torch.zeros(64, 64, 3, dtype=torch.uint8).numpy())
     model.bring("depth").estimate_depth(torch.zeros(64, 64, 3, dtype=torch.uint8).numpy())
-    model.bring("unets")
+    model.bring("unet", "reference")
     with pytest.raises(NotOnDevice):
         model.model.estimate_depth(torch.zeros(64, 64, 3, dtype=torch.uint8).numpy())
 
@@ -145,7 +145,7 @@ def test_no_node_uses_a_part_it_did_not_bring(pack, host, model, zoom, drawn):
     given = {"model": model, "source": SOURCE, "mask": MASK, "zoom": zoom, "guidance": 2.0}
     for one in (None, depth):
         pack.call("Sampler", reference=reference, depth=one, **given)
-    assert [len(load.models) for load in host.loads][1:] == [1, 2, 3 if zoom else 2]
+    assert [len(load.models) for load in host.loads][1:] == [1, 3, 4 if zoom else 3]
 
 
 def test_the_depth_network_is_brought_for_the_models_constants_only_once(pack, host):
