@@ -16,7 +16,7 @@ joint and plain attention (`ratio`) the paper does not mention.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -118,6 +118,13 @@ def blend_by_merging(
     query, key, value [B,H,N,D]; references: (key [B,H,M,D], value [B,H,M,D], weight > 0) each.
     Returns [B,H,N,D].
     """
+    return blend_and_share(query, key, value, references)[0]
+
+
+def blend_and_share(
+    query: Tensor, key: Tensor, value: Tensor, references: Sequence[tuple[Tensor, Tensor, float]]
+) -> tuple[Tensor, Tensor]:
+    """`blend_by_merging`, and the part of the joint attention's mass that is on the references, [B,H,N] in float32."""
     own, own_lse = attention_with_lse(query, key, value)
     merged, merged_lse = None, None
     for ref_key, ref_value, weight in references:
@@ -126,14 +133,20 @@ def blend_by_merging(
         if merged is None:
             merged, merged_lse = out, lse
         else:
-            merged = torch.lerp(merged, out, _share(lse, merged_lse, out))
+            merged = _mixed(merged, out, _share(lse, merged_lse))
             merged_lse = torch.logaddexp(merged_lse, lse)
-    return torch.lerp(own, merged, JOINT_SHARE * _share(merged_lse, own_lse, own))
+    share = _share(merged_lse, own_lse)
+    return _mixed(own, merged, share, JOINT_SHARE), share
 
 
-def _share(lse: Tensor, other_lse: Tensor, like: Tensor) -> Tensor:
-    """The part of the joint softmax's mass on the first of two key sets: [B,H,N] -> [B,H,N,1]."""
-    return torch.sigmoid(lse - other_lse)[..., None].to(like.dtype)
+def _share(lse: Tensor, other_lse: Tensor) -> Tensor:
+    """The part of the joint softmax's mass on the first of two key sets, [B,H,N]."""
+    return torch.sigmoid(lse - other_lse)
+
+
+def _mixed(first: Tensor, second: Tensor, share: Tensor, scale: float = 1.0) -> Tensor:
+    """`scale` * `share` [B,H,N] of the second output, the rest of the first; both [B,H,N,D]."""
+    return torch.lerp(first, second, scale * share[..., None].to(first.dtype))
 
 
 def blend_by_two_calls(
@@ -159,12 +172,18 @@ def _weight_bias(key: Tensor, references: Sequence[tuple[Tensor, Tensor, float]]
 # --- patching a U-Net --------------------------------------------------------------------------------------
 
 
+ReadingObserver = Callable[[str, Tensor, Sequence[tuple[Tensor, Tensor, float]], Tensor], None]
+"""observer(block name, query [B,H,N,D], references, share [B,H,N]): the reading rows' queries, the references as
+`blend_by_merging` takes them, and the part of the joint attention's mass that is on them, in float32."""
+
+
 class ReferenceReading:
     """While entered, the middle and upper self-attentions of `unet` read `references`.
 
     references: replaced by the caller before each step; empty (or all of weight 0) means plain attention.
     reading_rows: how many of the batch's *last* rows read (the conditional ones); None = all. The other rows
         stay bit-identical to the unpatched U-Net.
+    observer: told of every reading, if there is one; replaced by the caller before each step. Not told in training.
 
     Leaving the context, by whatever way, puts the U-Net's own processors back and lets the features go.
     """
@@ -174,6 +193,7 @@ class ReferenceReading:
         self._processors = {}
         self.references: Sequence[ReferenceFeatures] = ()
         self.reading_rows: int | None = None
+        self.observer: ReadingObserver | None = None
 
     def __enter__(self) -> ReferenceReading:
         for name, block in self._blocks.items():
@@ -186,6 +206,7 @@ class ReferenceReading:
             self._blocks[name].attn1.set_processor(processor)
         self._processors.clear()
         self.references = ()
+        self.observer = None
 
 
 class _ReadingProcessor:
@@ -207,15 +228,22 @@ class _ReadingProcessor:
         if not references:
             output = F.scaled_dot_product_attention(query, key, value)
         else:
-            # The fused kernels give no gradient through the log-sum-exp.
-            blend = blend_by_two_calls if torch.is_grad_enabled() else blend_by_merging
-            parts = [blend(query[plain_rows:], key[plain_rows:], value[plain_rows:], references)]
+            parts = [self._blend(query[plain_rows:], key[plain_rows:], value[plain_rows:], references)]
             if plain_rows:
                 plain = query[:plain_rows], key[:plain_rows], value[:plain_rows]
                 parts.insert(0, F.scaled_dot_product_attention(*plain))
             output = torch.cat(parts) if len(parts) > 1 else parts[0]
 
         return finish(attn, output, hidden_states.dtype)
+
+    def _blend(self, query: Tensor, key: Tensor, value: Tensor, references) -> Tensor:
+        if torch.is_grad_enabled():  # the fused kernels give no gradient through the log-sum-exp
+            return blend_by_two_calls(query, key, value, references)
+        if self.reading.observer is None:
+            return blend_by_merging(query, key, value, references)
+        output, share = blend_and_share(query, key, value, references)
+        self.reading.observer(self.name, query, references, share)
+        return output
 
     def _keys_and_values(self, attn, rows: int, like: Tensor) -> list[tuple[Tensor, Tensor, float]]:
         """Keys and values of every reference that counts, by the *reader's* projections."""

@@ -1,10 +1,13 @@
 """Files -> modules. Safetensors, or pickles with `weights_only=True`; nothing else is ever loaded.
 
-Two layouts are read:
+These layouts are read:
 
-* one `.safetensors` file that holds every part and, in its header, the configuration;
-* the original release: `mimicbrush.bin` plus a VAE and Depth Anything in files of their own. Nothing else of
-  it is needed: the base U-Nets are overwritten by `mimicbrush.bin`, and the configurations are bundled here.
+* of every system one `.safetensors` file that holds every part and, in its header, the configuration;
+* of MimicBrush the original release: `mimicbrush.bin` plus a VAE and Depth Anything in files of their own. Nothing
+  else of it is needed: the base U-Nets are overwritten by `mimicbrush.bin`;
+* of Paint by Example the published diffusers folder, and the original checkpoint.
+
+The configurations of published models are bundled here.
 """
 
 from __future__ import annotations
@@ -19,9 +22,30 @@ import torch
 from torch import Tensor, nn
 
 from . import keys
-from .errors import ModelFileError
-from .modules import PART_NAMES, Modules, build_part, bundled_config, restore_buffers
-from .recognition import DEPTH, SINGLE_FILE, UNKNOWN, VAE, Kind, recognise, unwrapped
+from .errors import ArgumentError, ModelFileError
+from .modules import (
+    MIMICBRUSH,
+    MODULES,
+    PAINT_BY_EXAMPLE,
+    PUBLISHED_CONFIG,
+    TITLES,
+    Parts,
+    build_part,
+    bundled_config,
+    parts_of,
+    restore_buffers,
+)
+from .recognition import (
+    DEPTH,
+    EXEMPLAR_CHECKPOINT,
+    EXEMPLAR_ENCODER,
+    SD_INPAINT_UNET,
+    UNKNOWN,
+    VAE,
+    Kind,
+    recognise,
+    unwrapped,
+)
 from .weight_files import (
     AGAIN,
     SAFETENSORS,
@@ -33,6 +57,7 @@ from .weight_files import (
     file_size,
     is_finite,
     is_folder,
+    pickle_mentions,
     read_tensors,
 )
 
@@ -55,18 +80,35 @@ ORIGINAL_FILES = {
 """Where the release keeps its parts, relative to the folder; the first that exists is taken."""
 
 VAE_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+UNET_FILES = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "diffusion_pytorch_model.bin",
+)
+ENCODER_FILES = ("model.safetensors", "pytorch_model.bin")
 DEPTH_FILES = ("model.safetensors",)
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 
 CONFIG_VERSION = 1
-CONFIG_SECTIONS = (
-    "unet",
-    "image_encoder",
-    "depth_projector",
-    "depth_network",
-    "vae",
-    "scheduler",
-    "defaults",
+CONFIG_SECTIONS = {
+    MIMICBRUSH: ("unet", "image_encoder", "depth_projector", "depth_network", "vae", "scheduler", "defaults"),
+    PAINT_BY_EXAMPLE: ("unet", "exemplar_encoder", "vae", "scheduler", "defaults"),
+}
+
+EXEMPLAR_FOLDERS = {
+    "unet": ("unet", UNET_FILES),
+    "exemplar_encoder": ("image_encoder", ENCODER_FILES),
+    "vae": ("vae", VAE_FILES),
+}
+"""Part of Paint by Example -> its folder in the diffusers layout, and the weight file in there."""
+
+EXEMPLAR_MAPPER = "cond_stage_model.mapper."
+"""What only the keys of the original checkpoint begin with."""
+
+EXEMPLAR_SOURCE = (
+    "The original checkpoint of Paint by Example keeps the state of its training, which needs code. Take "
+    "model.safetensors or the diffusers folder from Fantasy-Studio/Paint-by-Example on Hugging Face (refs/pr/3): the "
+    "same weights without it."
 )
 
 
@@ -82,25 +124,28 @@ def load_modules(
     depth: str | os.PathLike | None = None,
     config: dict | None = None,
     dtype: torch.dtype = torch.float32,
-) -> tuple[Modules, dict]:
+    system: str = MIMICBRUSH,
+) -> tuple[Parts, dict]:
     """Load a model on the CPU; returns its modules (the depth network always float32) and configuration.
 
-    path: a single-file model, `mimicbrush.bin`, or the folder of the original release.
+    path: a single-file model; `mimicbrush.bin`, or the folder of the original release; the diffusers folder or the
+        original checkpoint of Paint by Example.
     vae, depth: files or folders to use instead of the release's own: a diffusers VAE folder or a single-file
         SD-1.5 VAE; an official Depth Anything file or a transformers folder.
     config: for original files of other sizes than SD-1.5's.
+    system: what it has to be, a key of `modules.MODULES`.
 
     Raises ModelFileError naming the file, the key, what was found and what was expected.
     """
-    source = open_model(path, vae=vae, depth=depth, config=config)
+    source = open_model(path, vae=vae, depth=depth, config=config, system=system)
     source.check_integrity()
-    modules = {part: _filled(part, source, dtype) for part in PART_NAMES}
-    return Modules(**modules), source.config
+    modules = {part: _filled(part, source, dtype) for part in parts_of(source.config)}
+    return MODULES[system](**modules), source.config
 
 
 def save_modules(
     path: str | os.PathLike,
-    modules: Modules,
+    modules: Parts,
     config: dict,
     dtype: torch.dtype,
     depth_dtype: torch.dtype | None = None,
@@ -126,13 +171,38 @@ def header_metadata(config: dict) -> dict[str, str]:
 
 
 def open_model(
-    path: str | os.PathLike, *, vae=None, depth=None, config: dict | None = None
-) -> SingleFile | OriginalFiles:
-    """The files of a model, found and recognised; no weights are read yet. Arguments as for `load_modules`."""
+    path: str | os.PathLike, *, vae=None, depth=None, config: dict | None = None, system: str | None = None
+) -> Source:
+    """The files of a model, found and recognised; no weights are read yet. Arguments as for `load_modules`.
+
+    system: None takes any.
+    """
     path = Path(path)
-    if not is_folder(path) and file_format(path) == SAFETENSORS:
-        return SingleFile(path)
-    return OriginalFiles(path, vae, depth, config or bundled_config("mimicbrush_sd15"))
+    file = SafetensorsFile(path) if not is_folder(path) and file_format(path) == SAFETENSORS else None
+    if file is not None and METADATA_KEY in file.metadata:
+        source = SingleFile(file)
+    elif is_exemplar(path):
+        if depth is not None:
+            raise ArgumentError(f"{path} is Paint by Example, which knows no depth. Leave the depth network out.")
+        source = ExemplarFiles(path, vae, config)
+    elif file is not None:
+        source = SingleFile(file)  # which says what else it is
+    elif system in (None, MIMICBRUSH):
+        source = OriginalFiles(path, vae, depth, config)
+    else:
+        raise ModelFileError(
+            f"{path} is no {TITLES[system]}: its diffusers folder (with unet, vae and image_encoder), its original "
+            "checkpoint or a converted file was expected. `mimicbrush verify` tells what this is."
+        )
+    if system not in (None, source.config["system"]):
+        found = TITLES[source.config["system"]]
+        raise ModelFileError(f"{path} is {found}; {TITLES[system]} was expected. Choose another file.")
+    return source
+
+
+def config_for(system: str, given: dict | None) -> dict:
+    """The configuration `given` for files of this system, or the published model's."""
+    return given if given and given["system"] == system else bundled_config(PUBLISHED_CONFIG[system])
 
 
 # --- single file -------------------------------------------------------------------------------------------
@@ -141,10 +211,10 @@ def open_model(
 class SingleFile:
     """A converted model. files: {role: weight file}."""
 
-    def __init__(self, path: Path):
-        self._file = SafetensorsFile(path)
-        self.config = _config_of(self._file)
-        self.files = {"model": path}
+    def __init__(self, file: SafetensorsFile):
+        self._file = file
+        self.config = _config_of(file)
+        self.files = {"model": file.path}
 
     def file_of(self, part: str) -> Path:
         return self.files["model"]
@@ -168,15 +238,15 @@ def _config_of(file: SafetensorsFile) -> dict:
         kind = recognise(file.tensors())
         raise ModelFileError(
             f"{file.path} is a safetensors file without a {METADATA_KEY!r} entry in its header, so it is not a "
-            f"MimicBrush model: {_named(kind)} Give a converted MimicBrush file, or the folder of the "
-            "original release."
+            f"model of this program: {_named(kind)} Give a converted file, or the folder of the original release."
         )
     config = _checked_config(file.metadata[METADATA_KEY], file.path)
-    stray = [name for name in file.names if name.split(".", 1)[0] not in PART_NAMES]
+    parts = parts_of(config)
+    stray = [name for name in file.names if name.split(".", 1)[0] not in parts]
     if stray:
         raise ModelFileError(
             f"{file.path}: unexpected key {stray[0]!r} ({len(stray)} in all); keys begin with one of "
-            f"{', '.join(PART_NAMES)}. Convert or download the file again."
+            f"{', '.join(parts)}. Convert or download the file again."
         )
     return config
 
@@ -193,21 +263,22 @@ def _checked_config(text: str, path: Path) -> dict:
             f"{path}: its {METADATA_KEY!r} header entry is a {type(config).__name__}, expected an object. It "
             "is damaged."
         )
-    if config.get("system") != SINGLE_FILE.name:
+    if config.get("system") not in list(MODULES):  # which may be of any type in JSON, and not hashable
         raise ModelFileError(
-            f"{path} holds the system {config.get('system')!r}; {SINGLE_FILE.name!r} was expected. This "
-            "version runs MimicBrush only."
+            f"{path} holds the system {config.get('system')!r}; {' or '.join(map(repr, MODULES))} was expected. "
+            "Update this program, or convert the original files again."
         )
     if config.get("version", 1) != CONFIG_VERSION:
         raise ModelFileError(
             f"{path} is written in version {config['version']!r} of the format; expected {CONFIG_VERSION}. "
             "Update this program, or convert the original files again."
         )
-    for section in CONFIG_SECTIONS:
+    sections = CONFIG_SECTIONS[config["system"]]
+    for section in sections:
         if not isinstance(config.get(section), dict):
             raise ModelFileError(
                 f"{path}: the configuration in its header has no {section!r}; expected are "
-                f"{', '.join(CONFIG_SECTIONS)}. Convert or download the file again."
+                f"{', '.join(sections)}. Convert or download the file again."
             )
     return config
 
@@ -215,11 +286,25 @@ def _checked_config(text: str, path: Path) -> dict:
 # --- the original release ----------------------------------------------------------------------------------
 
 
-class OriginalFiles:
-    """The files of the original release. files: {role: weight file}; config: the VAE folder's own merged in."""
+class PublishedFiles:
+    """Files as published. files: {role: weight file}; config: the VAE folder's own merged in."""
 
-    def __init__(self, path: Path, vae, depth, config: dict):
+    files: dict[str, Path]
+    config: dict
+
+    def check_integrity(self) -> None:
+        """Compare the checksums inside the zip pickles: damaged weights load silently otherwise."""
+        for path in self.files.values():
+            if file_format(path) == ZIP_PICKLE:
+                check_integrity(path)
+
+
+class OriginalFiles(PublishedFiles):
+    """MimicBrush's original release."""
+
+    def __init__(self, path: Path, vae, depth, config: dict | None):
         checkpoint, vae, depth = _find_original(path, vae, depth)
+        config = config_for(MIMICBRUSH, config)
         self.files = {
             "checkpoint": checkpoint,
             "vae": weight_file(vae, VAE_FILES),
@@ -231,12 +316,6 @@ class OriginalFiles:
 
     def file_of(self, part: str) -> Path:
         return self.files[{"vae": "vae", "depth_network": "depth"}.get(part, "checkpoint")]
-
-    def check_integrity(self) -> None:
-        """Compare the checksums inside the zip pickles: damaged weights load silently otherwise."""
-        for path in self.files.values():
-            if file_format(path) == ZIP_PICKLE:
-                check_integrity(path)
 
     def close(self) -> None:
         """Give what was touched of the mapped checkpoint back to the system; `state` opens it again."""
@@ -292,6 +371,93 @@ def _find_original(path: Path, vae, depth) -> tuple[Path, Path, Path]:
         if not os.path.lexists(found[role]):
             raise ModelFileError(f"There is no {role} at {found[role]}. Check the path.")
     return found["checkpoint"], found["vae"], found["depth"]
+
+
+# --- Paint by Example --------------------------------------------------------------------------------------
+
+
+def is_exemplar(path: Path) -> bool:
+    """Whether this is Paint by Example as published, by what it holds."""
+    if is_folder(path):
+        index = path / "model_index.json"
+        if index.is_file() and read_json(index).get("_class_name") == "PaintByExamplePipeline":
+            return True
+        whole = all((path / folder).is_dir() for folder, _ in EXEMPLAR_FOLDERS.values())
+        return whole and first_existing(path, ORIGINAL_FILES["checkpoint"]) is None
+    kind = file_format(path)
+    if kind == SAFETENSORS:
+        return recognise(read_tensors(path)) is EXEMPLAR_CHECKPOINT
+    return kind == ZIP_PICKLE and pickle_mentions(path, EXEMPLAR_MAPPER)
+
+
+class ExemplarFiles(PublishedFiles):
+    """Paint by Example as published: the diffusers folder, with a file for each part, or the original checkpoint."""
+
+    def __init__(self, path: Path, vae, config: dict | None):
+        if is_folder(path):
+            missing = [folder for folder, _ in EXEMPLAR_FOLDERS.values() if not os.path.lexists(path / folder)]
+            if missing:
+                raise ModelFileError(
+                    f"{path} is not complete: {', '.join(missing)} not found. Paint by Example needs the folders unet, "
+                    "vae and image_encoder. Download what is missing."
+                )
+            self.files = {part: weight_file(path / name, names) for part, (name, names) in EXEMPLAR_FOLDERS.items()}
+            vae = vae or path / "vae"
+        else:
+            self.files = {"checkpoint": path}
+        self.config = config_for(PAINT_BY_EXAMPLE, config)
+        if vae is not None:
+            self.files["vae"] = weight_file(vae, VAE_FILES)
+            self.config = {**self.config, "vae": vae_config(vae, self.config["vae"])}
+
+    def file_of(self, part: str) -> Path:
+        return self.files[part if part in self.files else "checkpoint"]
+
+    def close(self) -> None:
+        """Nothing is kept open between parts."""
+
+    def state(self, part: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of one part under the names of `like`, memory-mapped where the format allows it."""
+        path = self.file_of(part)
+        return exemplar_state(read_content(path), part, self.config, like, path)
+
+
+Source = SingleFile | OriginalFiles | ExemplarFiles
+"""The files of a model in any layout."""
+
+
+def read_content(path: Path) -> dict:
+    """`read_tensors`; where it must refuse Paint by Example's own pickle, it says what to take instead."""
+    try:
+        return read_tensors(path)
+    except ModelFileError as error:
+        if file_format(path) == ZIP_PICKLE and pickle_mentions(path, EXEMPLAR_MAPPER):
+            raise ModelFileError(f"{error} {EXEMPLAR_SOURCE}") from error
+        raise
+
+
+def exemplar_state(
+    content: Mapping, part: str, config: dict, like: Mapping[str, Tensor], path: Path
+) -> dict[str, Tensor]:
+    """One part of Paint by Example under the names of `like`. content: what a file of either layout holds."""
+    kind, state = recognise(content), unwrapped(content)
+    fits = {
+        "unet": kind is SD_INPAINT_UNET,
+        "exemplar_encoder": kind is EXEMPLAR_ENCODER,
+        "vae": kind.use == VAE,
+    }
+    if kind is not EXEMPLAR_CHECKPOINT and not fits[part]:
+        folder = EXEMPLAR_FOLDERS[part][0]
+        raise ModelFileError(f"{path} is {kind.title}; the {folder} of Paint by Example was expected. {kind.hint}")
+    if part == "unet":
+        ldm = keys.is_ldm_unet(state)
+        return keys.ldm_unet_keys(state, config["unet"]["layers_per_block"]) if ldm else state
+    if part == "vae":
+        return _vae_keys(state, config["vae"])
+    return keys.exemplar_encoder_keys(state, like)
+
+
+# --- finding and reading files -----------------------------------------------------------------------------
 
 
 def first_existing(folder: Path, candidates: tuple[str, ...]) -> Path | None:
@@ -354,7 +520,10 @@ def vae_state(path: Path, config: dict) -> dict[str, Tensor]:
     kind = recognise(content)
     if kind.use != VAE:
         raise ModelFileError(f"{path} is {kind.title}; a Stable Diffusion 1.x VAE was expected. {kind.hint}")
-    state = unwrapped(content)
+    return _vae_keys(unwrapped(content), config)
+
+
+def _vae_keys(state: Mapping[str, Tensor], config: dict) -> dict[str, Tensor]:
     if keys.is_ldm_vae(state):
         return keys.ldm_vae_keys(state, levels=len(config["block_out_channels"]))
     return keys.modern_vae_keys(state)
@@ -400,7 +569,7 @@ def depth_state(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # --- filling a module --------------------------------------------------------------------------------------
 
 
-def _filled(part: str, source: SingleFile | OriginalFiles, dtype: torch.dtype) -> nn.Module:
+def _filled(part: str, source: Source, dtype: torch.dtype) -> nn.Module:
     """The module of one part with its weights; each weight is copied once, none is allocated before."""
     if part == "depth_network":
         dtype = torch.float32  # as in the original; its ReLU'd range suffers in half precision
@@ -442,7 +611,7 @@ def empty_part(part: str, config: dict, path: Path) -> nn.Module:
         ) from error
 
 
-def fitting_state(part: str, source: SingleFile | OriginalFiles, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def fitting_state(part: str, source: Source, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The stored tensors of one part, exactly those of `like` in name and shape, else ModelFileError."""
     return _fitting(part, like, source.state(part, like), source.file_of(part))
 

@@ -265,9 +265,18 @@ def _train(arguments: argparse.Namespace) -> None:
     from .training.extras import require
 
     require("accelerate", "Training")
-    if _is_finetune(arguments):
-        _finetune(arguments)
-        return
+    from .training.trainer import part_from_others
+
+    try:
+        if _is_finetune(arguments):
+            _finetune(arguments)
+        else:
+            _train_stages(arguments)
+    finally:
+        part_from_others()
+
+
+def _train_stages(arguments: argparse.Namespace) -> None:
     if arguments.videos or arguments.frames or arguments.stills:
         raise ArgumentError(
             "The stages draw their own pairs. Use --videos, --frames and --stills with --preview, or to fine-tune: "

@@ -10,8 +10,7 @@ import torch
 
 from . import __version__
 from .checkpoints import (
-    OriginalFiles,
-    SingleFile,
+    Source,
     converted,
     empty_part,
     fitting_state,
@@ -19,7 +18,7 @@ from .checkpoints import (
     open_model,
 )
 from .errors import ArgumentError, ModelFileError, OutputError
-from .modules import PART_NAMES
+from .modules import parts_of
 from .weight_files import (
     UNFINISHED,
     SafetensorsFile,
@@ -92,7 +91,7 @@ def _check_output(path: Path, overwrite: bool) -> None:
         raise OutputError(f"The output {path} exists already. Choose another name, or allow it to be overwritten.")
 
 
-def _check_not_source(output: Path, model: SingleFile | OriginalFiles) -> None:
+def _check_not_source(output: Path, model: Source) -> None:
     for file in model.files.values():
         for written in (output, output.with_name(output.name + UNFINISHED)):
             if written.exists() and written.samefile(file):
@@ -101,13 +100,13 @@ def _check_not_source(output: Path, model: SingleFile | OriginalFiles) -> None:
                 )
 
 
-def _empty_parts(model: SingleFile | OriginalFiles) -> dict[str, dict[str, torch.Tensor]]:
+def _empty_parts(model: Source) -> dict[str, dict[str, torch.Tensor]]:
     """{part: the state dict it should have, without memory behind it}.
 
     Checks every key and shape of the source on the way, before anything is hashed or written.
     """
     parts = {}
-    for part in PART_NAMES:
+    for part in parts_of(model.config):
         parts[part] = empty_part(part, model.config, model.file_of(part)).state_dict()
         fitting_state(part, model, parts[part])
     return parts
@@ -122,7 +121,7 @@ def _layout(parts: dict[str, dict], dtype: torch.dtype) -> dict[str, tuple]:
     }
 
 
-def _checked_origin(model: SingleFile | OriginalFiles, report: OnProgress) -> dict:
+def _checked_origin(model: Source, report: OnProgress) -> dict:
     """{role: name, bytes and SHA-256 of the file}, with the files' own checksums compared.
 
     A converted file that is converted again keeps where it came from.
@@ -145,7 +144,7 @@ def _checked_origin(model: SingleFile | OriginalFiles, report: OnProgress) -> di
 
 
 def _write_tensors(
-    model: SingleFile | OriginalFiles,
+    model: Source,
     parts: dict,
     layout: dict,
     writer: SafetensorsWriter,
@@ -176,7 +175,7 @@ def _check_written(path: Path, layout: dict[str, tuple], report: OnProgress) -> 
     try:
         check_integrity(path, count)
         file = SafetensorsFile(path)
-        for part in PART_NAMES:
+        for part in dict.fromkeys(name.split(".", 1)[0] for name in layout):
             tensors = file.tensors(part + ".")  # part by part, to give back what was touched
             expected = {name: entry for name, entry in layout.items() if name.startswith(part + ".")}
             found = {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}

@@ -8,7 +8,7 @@ all-zero input tensor, sent through both networks, a constant of the weights (`m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -94,6 +94,11 @@ class DepthCondition:
 
     def __len__(self) -> int:
         return len(self.pictures)
+
+    def first(self) -> DepthCondition:
+        """Of the first picture only."""
+        drawn = None if self.drawn is None else self.drawn[:1]
+        return replace(self, pictures=self.pictures[:1], drawn=drawn, maps=self.maps[:1], nearest=self.nearest[:1])
 
     def as_pictures(self) -> Tensor:
         """The depth used, float32 [B,H,W] in 0..1, 1 = nearest; read back as a depth picture it gives the same maps."""

@@ -362,6 +362,12 @@ def resize_lanczos(rgb: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
     return np.array(Image.fromarray(rgb).resize((width, height), Image.Resampling.LANCZOS))
 
 
+def resize_bicubic(rgb: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
+    """As `resize_lanczos`, with Pillow's 8-bit BICUBIC."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return np.array(Image.fromarray(rgb).resize((width, height), Image.Resampling.BICUBIC))
+
+
 def resize_bilinear(rgb: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resize uint8 `[H, W, 3]` or `[H, W]` to `[height, width, ...]`: plain bilinear, no antialiasing.
 
@@ -385,7 +391,7 @@ def _bilinear_taps(length: int, target: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([near, np.minimum(near + 1, length - 1)]), weights
 
 
-def _resize_bicubic(rgb: np.ndarray, height: int, width: int) -> np.ndarray:
+def _resize_bicubic_cv2(rgb: np.ndarray, height: int, width: int) -> np.ndarray:
     """cv2's half-pixel-centred INTER_CUBIC on uint8 `[H, W, 3]`, computed in float32, rounded and clamped."""
     planes = _to_planes(rgb)
     resized = F.interpolate(planes, size=(height, width), mode="bicubic", align_corners=False)
@@ -421,7 +427,7 @@ def clip_pixel_values(
     height, width = rgb_square.shape[:2]
     short = min(height, width)
     height, width = int(image_size * height / short), int(image_size * width / short)
-    resized = np.asarray(Image.fromarray(rgb_square).resize((width, height), Image.Resampling.BICUBIC))
+    resized = resize_bicubic(rgb_square, (height, width))
     top, left = (height - image_size) // 2, (width - image_size) // 2
     crop = resized[top : top + image_size, left : left + image_size]
     return (_to_planes(crop) / 255 - _per_channel(mean)) / _per_channel(std)
@@ -441,7 +447,7 @@ def depth_pixel_values(rgb_square: np.ndarray, size: int = 518) -> torch.Tensor:
         raise ArgumentError(
             f"The depth input must be square, not {rgb_square.shape[1]} x {rgb_square.shape[0]}; pad it first."
         )
-    resized = _resize_bicubic(rgb_square, size, size)
+    resized = _resize_bicubic_cv2(rgb_square, size, size)
     # float64 until the division by 255, as NumPy does it in the original
     values = (resized.astype(np.float64) - np.array(DEPTH_MEAN)) / np.array(DEPTH_STD)
     return torch.from_numpy(values.astype(np.float32)).permute(2, 0, 1)[None].contiguous() / 255

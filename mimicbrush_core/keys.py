@@ -17,14 +17,21 @@ def image_encoder_keys(state: Mapping[str, Tensor], layers: int, like: Mapping[s
     `position_ids` buffer of transformers 4.25. The `vision_model.` prefix is given or taken as `like` has it.
     """
     unused = ("post_layernorm.", "visual_projection.", f"encoder.layers.{layers}.", "embeddings.position_ids")
-    prefix = "vision_model."
-    wants_prefix = any(key.startswith(prefix) for key in like)
-    result = {}
-    for key, value in state.items():
-        bare = key.removeprefix(prefix)
-        if not bare.startswith(unused):
-            result[prefix + bare if wants_prefix else bare] = value
-    return result
+    used = {key: value for key, value in state.items() if not key.removeprefix(_VISION_MODEL).startswith(unused)}
+    return vision_model_keys(used, like)
+
+
+_VISION_MODEL = "vision_model."
+
+
+def vision_model_keys(state: Mapping[str, Tensor], like: Mapping[str, Tensor], root: str = "") -> State:
+    """A CLIP vision model under `root`: transformers' inner level `vision_model.`, gone in 5.x, as `like` has it."""
+    inner = root + _VISION_MODEL
+    wanted = inner if any(key.startswith(inner) for key in like) else root
+    return {
+        wanted + key.removeprefix(root).removeprefix(_VISION_MODEL) if key.startswith(root) else key: value
+        for key, value in state.items()
+    }
 
 
 def other_transformers_keys(part: str, state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> State:
@@ -32,9 +39,9 @@ def other_transformers_keys(part: str, state: Mapping[str, Tensor], like: Mappin
     if part == "depth_network":
         return transformers_depth_keys(state, like)
     if part == "image_encoder":
-        prefix = "vision_model."
-        wanted = prefix if any(key.startswith(prefix) for key in like) else ""
-        return {wanted + key.removeprefix(prefix): value for key, value in state.items()}
+        return vision_model_keys(state, like)
+    if part == "exemplar_encoder":
+        return exemplar_encoder_keys(state, like)
     return dict(state)
 
 
@@ -173,3 +180,109 @@ def modern_vae_keys(state: Mapping[str, Tensor]) -> State:
         ): value
         for key, value in state.items()
     }
+
+
+# --- LDM checkpoints: one file with the networks of the original code under one prefix each ----------------------
+
+
+LDM_UNET_PREFIX = "model.diffusion_model."
+
+
+def ldm_unet_keys(state: Mapping[str, Tensor], layers_per_block: int, prefix: str = LDM_UNET_PREFIX) -> State:
+    """The U-Net under `prefix` of an LDM checkpoint -> diffusers' UNet2DConditionModel.
+
+    LDM numbers its blocks through: after the first convolution, on the way down each level has `layers_per_block`
+    blocks and one that halves the size, on the way up one block more and the doubling in the last of them.
+    """
+    result: State = {}
+    for key, value in state.items():
+        if not key.startswith(prefix):
+            continue
+        key = key.removeprefix(prefix)
+        for pattern, replacement in _LDM_UNET_RULES:
+            key = re.sub(pattern, replacement, key)
+        key = re.sub(r"^input_blocks\.(\d+)\.(.*)", lambda m: _down(int(m[1]) - 1, m[2], layers_per_block), key)
+        key = re.sub(r"^output_blocks\.(\d+)\.(.*)", lambda m: _up(int(m[1]), m[2], layers_per_block), key)
+        result[key] = value
+    return result
+
+
+_LDM_UNET_RULES = [
+    (r"^time_embed\.0\.", "time_embedding.linear_1."),
+    (r"^time_embed\.2\.", "time_embedding.linear_2."),
+    (r"^input_blocks\.0\.0\.", "conv_in."),
+    (r"^out\.0\.", "conv_norm_out."),
+    (r"^out\.2\.", "conv_out."),
+    (r"^middle_block\.0\.", "mid_block.resnets.0."),
+    (r"^middle_block\.1\.", "mid_block.attentions.0."),
+    (r"^middle_block\.2\.", "mid_block.resnets.1."),
+    (r"\.in_layers\.0\.", ".norm1."),
+    (r"\.in_layers\.2\.", ".conv1."),
+    (r"\.emb_layers\.1\.", ".time_emb_proj."),
+    (r"\.out_layers\.0\.", ".norm2."),
+    (r"\.out_layers\.3\.", ".conv2."),
+    (r"\.skip_connection\.", ".conv_shortcut."),
+]
+
+
+def _down(index: int, rest: str, layers: int) -> str:
+    """rest: `0.` a residual block or (`op`) the halving, `1.` attention."""
+    level, layer = divmod(index, layers + 1)
+    module, _, name = rest.partition(".")
+    if layer == layers:
+        return f"down_blocks.{level}.downsamplers.0.{name.replace('op.', 'conv.')}"
+    return f"down_blocks.{level}.{('resnets', 'attentions')[int(module)]}.{layer}.{name}"
+
+
+def _up(index: int, rest: str, layers: int) -> str:
+    """rest: `0.` a residual block, then attention where the level has it, then the doubling (`conv`)."""
+    level, layer = divmod(index, layers + 1)
+    module, _, name = rest.partition(".")
+    if name.startswith("conv."):
+        return f"up_blocks.{level}.upsamplers.0.{name}"
+    return f"up_blocks.{level}.{('resnets', 'attentions')[int(module)]}.{layer}.{name}"
+
+
+def is_ldm_unet(state: Mapping[str, Tensor]) -> bool:
+    """Whether a U-Net lies here under LDM's names rather than diffusers'."""
+    return any(key.startswith(LDM_UNET_PREFIX) for key in state)
+
+
+def exemplar_encoder_keys(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> State:
+    """Paint by Example's image encoder, of its LDM checkpoint, of the published folder or of here -> `like`."""
+    if "learnable_vector" in state:
+        state = _ldm_exemplar_encoder(state)
+    return vision_model_keys(
+        {key: value for key, value in state.items() if not key.endswith(".embeddings.position_ids")}, like, "model."
+    )
+
+
+def _ldm_exemplar_encoder(state: Mapping[str, Tensor]) -> State:
+    result: State = {}
+    for key, value in state.items():
+        qkv = re.fullmatch(r"cond_stage_model\.mapper\.resblocks\.(\d+)\.attn\.c_qkv\.(weight|bias)", key)
+        if qkv:
+            for name, part in zip("qkv", value.chunk(3), strict=True):
+                result[f"mapper.blocks.{qkv[1]}.attn1.to_{name}.{qkv[2]}"] = part
+            continue
+        for pattern, replacement in _LDM_EXEMPLAR_RULES:
+            renamed, count = re.subn(pattern, replacement, key)
+            if count:
+                result[renamed] = value
+                break
+    return result
+
+
+_MAPPER_BLOCK = r"^cond_stage_model\.mapper\.resblocks\.(\d+)\."
+_LDM_EXEMPLAR_RULES = [
+    (r"^cond_stage_model\.transformer\.", "model."),
+    (_MAPPER_BLOCK + r"attn\.c_proj\.", r"mapper.blocks.\1.attn1.to_out.0."),
+    (_MAPPER_BLOCK + r"ln_1\.", r"mapper.blocks.\1.norm1."),
+    (_MAPPER_BLOCK + r"ln_2\.", r"mapper.blocks.\1.norm3."),
+    (_MAPPER_BLOCK + r"mlp\.c_fc\.", r"mapper.blocks.\1.ff.net.0.proj."),
+    (_MAPPER_BLOCK + r"mlp\.c_proj\.", r"mapper.blocks.\1.ff.net.2."),
+    (r"^cond_stage_model\.final_ln\.", "final_layer_norm."),
+    (r"^proj_out\.", "proj_out."),
+    (r"^learnable_vector$", "uncond_vector"),
+]
+"""What no rule names belongs to another network of the file, or to its training."""

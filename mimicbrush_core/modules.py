@@ -1,4 +1,4 @@
-"""Configuration -> modules: the six networks a MimicBrush consists of, on stock diffusers/transformers classes."""
+"""Configuration -> modules: the networks each system consists of, on stock diffusers/transformers classes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,19 @@ from .attention import reading_blocks
 from .depth import DepthProjector
 from .encoders import ImageProjection
 from .errors import ModelFileError
+from .exemplar_encoder import ExemplarEncoder
+
+
+class Parts:
+    """The networks of one model. Field names are the part names of a single-file checkpoint."""
+
+    def items(self) -> list[tuple[str, nn.Module]]:
+        return [(field.name, getattr(self, field.name)) for field in fields(self)]
 
 
 @dataclass
-class Modules:
-    """The networks of one MimicBrush. Field names are the part names of a single-file checkpoint."""
+class Modules(Parts):
+    """The networks of one MimicBrush."""
 
     unet: nn.Module  # imitative U-Net, 13 input channels
     reference_unet: nn.Module  # 4 input channels, without what follows its last bank
@@ -36,21 +44,42 @@ class Modules:
     vae: nn.Module
     depth_network: nn.Module  # Depth Anything; stays float32
 
-    def items(self) -> list[tuple[str, nn.Module]]:
-        return [(field.name, getattr(self, field.name)) for field in fields(self)]
+
+@dataclass
+class ExemplarModules(Parts):
+    """The networks of one Paint by Example."""
+
+    unet: nn.Module  # 9 input channels
+    exemplar_encoder: nn.Module
+    vae: nn.Module
 
 
-PART_NAMES = tuple(field.name for field in fields(Modules))
+MIMICBRUSH, PAINT_BY_EXAMPLE = "mimicbrush", "paint-by-example"
+"""Systems, as a configuration's `system` names them."""
+
+TITLES = {MIMICBRUSH: "MimicBrush", PAINT_BY_EXAMPLE: "Paint by Example"}
+
+MODULES: dict[str, type[Parts]] = {MIMICBRUSH: Modules, PAINT_BY_EXAMPLE: ExemplarModules}
+PUBLISHED_CONFIG = {MIMICBRUSH: "mimicbrush_sd15", PAINT_BY_EXAMPLE: "paint_by_example"}
+"""System -> the bundled configuration of the published model."""
+
+
+def parts_of(config: dict) -> tuple[str, ...]:
+    """The names of the networks that the system of a configuration consists of."""
+    return tuple(field.name for field in fields(MODULES[config["system"]]))
+
+
+PART_NAMES = parts_of({"system": MIMICBRUSH})
 
 
 def bundled_config(name: str) -> dict:
-    """One of the configurations shipped with the package: 'mimicbrush_sd15' or 'mimicbrush_small'."""
+    """One of the configurations shipped with the package: the name of a file in `configs`."""
     return json.loads(files(__package__).joinpath("configs", f"{name}.json").read_text())
 
 
-def build_modules(config: dict) -> Modules:
+def build_modules(config: dict) -> Parts:
     """All networks of `config` with fresh weights (or on the device of a surrounding `torch.device`)."""
-    return Modules(**{name: build_part(name, config) for name in PART_NAMES})
+    return MODULES[config["system"]](**{name: build_part(name, config) for name in parts_of(config)})
 
 
 def build_part(name: str, config: dict) -> nn.Module:
@@ -148,6 +177,12 @@ def vision_model(encoder: nn.Module) -> nn.Module:
     return getattr(encoder, "vision_model", encoder)
 
 
+def _build_exemplar_encoder(config: dict) -> nn.Module:
+    vision = dict(config["exemplar_encoder"])
+    mapper_layers = vision.pop("mapper_layers")
+    return ExemplarEncoder(vision, mapper_layers, config["unet"]["cross_attention_dim"])
+
+
 def _build_image_projection(config: dict) -> nn.Module:
     return ImageProjection(config["image_encoder"]["hidden_size"], config["unet"]["cross_attention_dim"])
 
@@ -196,6 +231,7 @@ _BUILDERS = {
     "unet": _build_unet,
     "reference_unet": _build_reference_unet,
     "image_encoder": _build_image_encoder,
+    "exemplar_encoder": _build_exemplar_encoder,
     "image_projection": _build_image_projection,
     "depth_projector": _build_depth_projector,
     "vae": _build_vae,

@@ -1,11 +1,11 @@
-"""What a set of weights is, by its key names and shapes: this system, its relatives, or something else."""
+"""What a set of weights is, by its key names and shapes: one of the systems here, a relative, or something else."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .modules import PART_NAMES
+from .modules import MIMICBRUSH, MODULES, PAINT_BY_EXAMPLE, parts_of
 
 OPENRAIL = "CreativeML OpenRAIL-M where it is the published one; fine-tunes may add terms: see docs/licences.md"
 UNKNOWN_LICENCE = "unknown; see where the file comes from"
@@ -37,12 +37,6 @@ def _mimicbrush(name: str, title: str, use: str = MODEL, hint: str = "") -> Kind
 
 _PART_HINT = "It is one part of a model; give mimicbrush.bin, its folder or a converted file."
 SINGLE_FILE = _mimicbrush("mimicbrush", "MimicBrush, converted to one file")
-HEADERLESS = _mimicbrush(
-    "mimicbrush-headerless",
-    "MimicBrush tensors without the configuration in the header",
-    NOTHING,
-    "Another program saved it again and dropped the header. Convert the original files again.",
-)
 CHECKPOINT = _mimicbrush(
     "mimicbrush-original",
     "MimicBrush, original checkpoint (mimicbrush.bin)",
@@ -54,6 +48,34 @@ UNET_PART = _mimicbrush("mimicbrush-unet", "imitative U-Net of MimicBrush (13 ch
 REFERENCE_PART = _mimicbrush("mimicbrush-referencenet", "ReferenceNet of MimicBrush", NOTHING, _PART_HINT)
 GUIDER_PART = _mimicbrush("mimicbrush-depth-guider", "depth projector of MimicBrush", NOTHING, _PART_HINT)
 PROJECTION_PART = _mimicbrush("mimicbrush-image-proj", "image projection of MimicBrush", NOTHING, _PART_HINT)
+
+
+def _exemplar(name: str, title: str, use: str = MODEL, hint: str = "") -> Kind:
+    return Kind(name, title, use, "CreativeML OpenRAIL-M by its page: see docs/licences.md", hint)
+
+
+EXEMPLAR_FILE = _exemplar("paint-by-example", "Paint by Example, converted to one file")
+EXEMPLAR_CHECKPOINT = _exemplar("paint-by-example-original", "Paint by Example, original checkpoint")
+EXEMPLAR_FOLDER = _exemplar("paint-by-example-folder", "Paint by Example, diffusers folder")
+EXEMPLAR_ENCODER = _exemplar(
+    "paint-by-example-image-encoder",
+    "image encoder of Paint by Example",
+    NOTHING,
+    "It is one part of a model; give the folder that has unet, vae and image_encoder, or a converted file.",
+)
+
+_HEADER_HINT = "Another program saved it again and dropped the header. Convert the original files again."
+_HEADERLESS_TITLE = "{} tensors without the configuration in the header"
+HEADERLESS = {
+    MIMICBRUSH: _mimicbrush("mimicbrush-headerless", _HEADERLESS_TITLE.format("MimicBrush"), NOTHING, _HEADER_HINT),
+    PAINT_BY_EXAMPLE: _exemplar(
+        "paint-by-example-headerless", _HEADERLESS_TITLE.format("Paint by Example"), NOTHING, _HEADER_HINT
+    ),
+}
+"""System -> its converted file, saved again by another program."""
+
+SINGLE_FILES = {MIMICBRUSH: SINGLE_FILE, PAINT_BY_EXAMPLE: EXEMPLAR_FILE}
+"""System -> what its converted file is."""
 
 _VAE_LICENCE = "as the Stable Diffusion 1.x it is of (CreativeML OpenRAIL-M); sd-vae-ft-mse: MIT; see docs/licences.md"
 DIFFUSERS_VAE = Kind("vae-diffusers", "VAE of Stable Diffusion 1.x, diffusers layout", VAE, _VAE_LICENCE)
@@ -86,28 +108,21 @@ SD_INPAINT_UNET = Kind(
     "U-Net of Stable Diffusion inpainting or Paint by Example (9 channels)",
     NOTHING,
     OPENRAIL,
-    "MimicBrush brings its own U-Nets.",
+    "MimicBrush brings its own U-Nets. Of Paint by Example give the whole folder.",
 )
 SMARTBRUSH_UNET = Kind(
     "smartbrush",
     "U-Net of SmartBrush (5 channels)",
     NOTHING,
     UNKNOWN_LICENCE,
-    "This version runs MimicBrush only.",
-)
-PAINT_BY_EXAMPLE = Kind(
-    "paint-by-example",
-    "Paint by Example",
-    NOTHING,
-    "CreativeML OpenRAIL-M by its page: see docs/licences.md",
-    "This version runs MimicBrush only.",
+    "This version runs MimicBrush and Paint by Example.",
 )
 MAGIC_FIXUP = Kind(
     "magic-fixup",
     "Magic Fixup",
     NOTHING,
     "Adobe Research License: non-commercial research only; see docs/licences.md",
-    "This version runs MimicBrush only.",
+    "This version runs MimicBrush and Paint by Example.",
 )
 DEPTH_OFFICIAL = Kind(
     "depth-anything",
@@ -179,12 +194,16 @@ def _side(state: Mapping, key: str, axis: int) -> int | None:
 
 
 def _system_of(state: Mapping) -> Kind | None:
-    if _has(state, "reference_unet.", "unet.") and {key.split(".")[0] for key in state} <= set(PART_NAMES):
-        return HEADERLESS
+    for system in MODULES:
+        parts = parts_of({"system": system})
+        if {key.split(".")[0] for key in state} <= set(parts) and _has(state, *(f"{part}." for part in parts[:2])):
+            return HEADERLESS[system]
     if _has(state, "model.reference_model."):
         return MAGIC_FIXUP
-    if _has(state, "cond_stage_model.mapper.") or "uncond_vector" in state:
-        return PAINT_BY_EXAMPLE
+    if _has(state, "cond_stage_model.mapper."):
+        return EXEMPLAR_CHECKPOINT
+    if "uncond_vector" in state:
+        return EXEMPLAR_ENCODER
     if _has(state, "conditioner.embedders."):
         return SDXL
     if _has(state, "model.diffusion_model.double_blocks.") or _has(state, "double_blocks.", "single_blocks."):

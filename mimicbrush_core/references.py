@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -77,6 +78,7 @@ class Reference:
 
     latents [1,4,h,w] clean and scaled; tokens [1,T,D]; owner: the model that encoded it.
     region [1,1,h,w] 0..1: only tokens inside are offered to the reader; None: all of them.
+    picture uint8 [H,W,3]: what was encoded, to be looked at; what lies beyond the region is white.
     store_bytes: the store's bound. What does not fit is computed again when it is asked for.
     store_device: where features wait to be read; None: where they are computed. A host that counts what is on the
     graphics card keeps them in its own memory, from where a step's (14 MB in float16 at 512 px) are sent ahead of it.
@@ -86,6 +88,7 @@ class Reference:
     tokens: Tensor
     owner: object
     region: Tensor | None = None
+    picture: np.ndarray | None = field(default=None, repr=False)
     store_bytes: int = DEFAULT_STORE_BYTES
     store_device: torch.device | None = None
     features_computed: int = field(default=0, init=False)
@@ -106,6 +109,8 @@ class Reference:
         """
         wanted = [float(t) for t in timesteps]
         missing = self.missing(wanted)
+        if not missing:
+            return
         tokens = self._tokens_for(reference_unet)
         with KeptTokens(reference_unet):
             for start in range(0, len(missing), at_once):
@@ -133,6 +138,10 @@ class Reference:
         if known is not None:
             return known
         return self._write(reference_unet, [float(timestep)], self._tokens_for(reference_unet))
+
+    def offered(self, count: int) -> Tensor:
+        """Which tokens the reader is offered, of a grid of `count`: their indices, row by row."""
+        return torch.arange(count) if self.region is None else _tokens_in(self.region, count)
 
     def clear(self) -> None:
         """Let all features go; they are computed again when needed."""

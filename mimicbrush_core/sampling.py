@@ -13,6 +13,7 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    PNDMScheduler,
     UniPCMultistepScheduler,
 )
 from torch import Tensor
@@ -25,6 +26,11 @@ SCHEDULERS = {
     "dpmpp_2m": DPMSolverMultistepScheduler,
     "unipc": UniPCMultistepScheduler,
 }
+"""Those for every noise schedule and spacing."""
+
+PLMS = "plms"
+"""The linear multistep of PNDM (arXiv 2202.09778), Paint by Example's own. It evaluates the second timestep twice."""
+
 SPACINGS = ("leading", "trailing", "linspace", "karras")
 """How the timesteps are spread: diffusers' names; `karras` spreads the noise levels (arXiv 2206.00364, eq. 5)."""
 
@@ -61,12 +67,14 @@ def make_scheduler(
     counts them, sqrt((1-a)/a), the last one being where the run ends, usually 0). Explicit lists run on
     Euler steps, which for `ddim` is the same update in sigma space.
     spacing: one of SPACINGS for `steps`; None = the model's own. `ddim` with `karras` runs on Euler steps, too.
+    name: of SCHEDULERS, or PLMS, which knows no Karras spacing and no zero terminal SNR.
 
-    Raises ArgumentError for an unknown name, a step count or list value out of range, or a list that does not
-    descend.
+    Raises ArgumentError for an unknown name, a step count or list value out of range, a list that does not
+    descend, or what PLMS does not know.
     """
-    if name not in SCHEDULERS:
-        raise ArgumentError(f"Unknown scheduler {name!r}. Choose one of: {', '.join(SCHEDULERS)}.")
+    classes = {**SCHEDULERS, PLMS: PNDMScheduler}
+    if name not in classes:
+        raise ArgumentError(f"Unknown scheduler {name!r}. Choose one of: {', '.join(classes)}.")
     if sum(given is not None for given in (steps, timesteps, sigmas)) != 1:
         raise ArgumentError("Give exactly one of: steps, timesteps, sigmas.")
     if spacing is not None and spacing not in SPACINGS:
@@ -74,7 +82,9 @@ def make_scheduler(
     if steps is not None:
         if not 1 <= steps <= MAX_STEPS:
             raise ArgumentError(f"steps is {steps}; it must be between 1 and {MAX_STEPS}.")
-        scheduler = _build(*_spaced(SCHEDULERS[name], config, spacing))
+        if name == PLMS:
+            _check_plms(config, spacing)
+        scheduler = _build(*_spaced(classes[name], config, spacing))
         scheduler.set_timesteps(steps)
         if hasattr(scheduler, "set_begin_index"):
             # Left alone, it is looked up by the first timestep, and Karras spacing rounds the first two to the same.
@@ -100,6 +110,14 @@ def make_scheduler(
     return scheduler
 
 
+def _check_plms(config: dict, spacing: str | None) -> None:
+    unknown = "Karras spacing" if spacing == "karras" else ""
+    if config.get("rescale_betas_zero_snr"):
+        unknown = "this model's noise schedule (zero terminal SNR)"
+    if unknown:
+        raise ArgumentError(f"The scheduler {PLMS!r} does not know {unknown}. Choose one of: {', '.join(SCHEDULERS)}.")
+
+
 def _spaced(scheduler_class, config: dict, spacing: str | None) -> tuple[type, dict]:
     if spacing is None:
         return scheduler_class, config
@@ -113,7 +131,8 @@ def _spaced(scheduler_class, config: dict, spacing: str | None) -> tuple[type, d
 def _build(scheduler_class, config: dict):
     """Only the settings this class knows: one config serves all schedulers."""
     known = inspect.signature(scheduler_class.__init__).parameters
-    return scheduler_class(**{key: value for key, value in config.items() if key in known})
+    settings = {"skip_prk_steps": True, **config}  # PNDM's multistep alone, without its Runge-Kutta start
+    return scheduler_class(**{key: value for key, value in settings.items() if key in known})
 
 
 def _shorten(values: list) -> str:

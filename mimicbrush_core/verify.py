@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,21 +15,24 @@ from torch import Tensor
 from . import checkpoints
 from .checkpoints import DEPTH_FILES, METADATA_KEY, ORIGINAL_FILES, ORIGINAL_PART_NAMES, VAE_FILES
 from .errors import ModelFileError
-from .modules import PART_NAMES, bundled_config
+from .modules import MIMICBRUSH, parts_of
 from .recognition import (
     CHECKPOINT,
     DEPTH,
+    EXEMPLAR_CHECKPOINT,
+    EXEMPLAR_FOLDER,
     MODEL,
     NOTHING,
-    PAINT_BY_EXAMPLE,
     RELEASE,
     SINGLE_FILE,
+    SINGLE_FILES,
     UNKNOWN_LICENCE,
     VAE,
     Kind,
     recognise,
 )
 from .weight_files import (
+    SafetensorsFile,
     check_integrity,
     count_not_finite,
     file_format,
@@ -37,7 +41,6 @@ from .weight_files import (
     is_finite,
     is_folder,
     read_metadata,
-    read_tensors,
 )
 
 DEEP_BELOW_BYTES = 2_000_000_000
@@ -121,7 +124,7 @@ def inspect(
     hash: the SHA-256 of every weight file, compared with the lock file of `mimicbrush download` where there is one.
     config: for original files of other sizes than SD-1.5's.
     """
-    inspection = _Inspection(deep, hash, config or bundled_config("mimicbrush_sd15"))
+    inspection = _Inspection(deep, hash, config)
     try:
         folder = is_folder(path)
     except ModelFileError as error:
@@ -188,7 +191,7 @@ def _unreadable(path: Path, error: ModelFileError, format: str = "-", size: int 
 class _Inspection:
     """One call of `inspect` with its settings."""
 
-    def __init__(self, deep: bool | None, hash: bool, config: dict):
+    def __init__(self, deep: bool | None, hash: bool, config: dict | None):
         self._deep, self._hash, self._config = deep, hash, config
 
     # --- files ---------------------------------------------------------------------------------------------
@@ -199,10 +202,10 @@ class _Inspection:
         try:
             size = file_size(path)
             format = file_format(path)
-            content, metadata = read_tensors(path), read_metadata(path)
+            content, metadata = checkpoints.read_content(path), read_metadata(path)
         except ModelFileError as error:
             return _unreadable(path, error, format, size)
-        kind = SINGLE_FILE if METADATA_KEY in metadata else recognise(content)
+        kind = _single_file(metadata) if METADATA_KEY in metadata else recognise(content)
         missing, problems = self._fit(kind, path, folder or path, content)
         deep = size < DEEP_BELOW_BYTES if self._deep is None else self._deep
         notes = [kind.hint] if kind.hint else []
@@ -245,19 +248,20 @@ class _Inspection:
 
     def _expected(self, kind: Kind, path: Path, given: Path, content: Mapping):
         """(part, configuration, how to read its state) of each network this kind of file should hold."""
-        config = self._config
-        if kind.name == SINGLE_FILE.name:
-            source = checkpoints.SingleFile(path)
-            for part in PART_NAMES:
-                yield part, source.config, lambda like, part=part: source.state(part, like)
-        elif kind.name == CHECKPOINT.name:
+        config = checkpoints.config_for(MIMICBRUSH, self._config)
+        if kind in SINGLE_FILES.values():
+            source = checkpoints.SingleFile(SafetensorsFile(path))
+            for part in parts_of(source.config):
+                yield part, source.config, partial(source.state, part)
+        elif kind is CHECKPOINT:
             for part in ORIGINAL_PART_NAMES:
-                yield (
-                    part,
-                    config,
-                    lambda like, part=part: checkpoints.original_state(content, part, config, like, path),
-                )
+                yield part, config, partial(_original_state, content, part, config, path)
+        elif kind is EXEMPLAR_CHECKPOINT:
+            source = checkpoints.ExemplarFiles(path, None, self._config)
+            for part in parts_of(source.config):
+                yield part, source.config, partial(source.state, part)
         elif kind.use == VAE:
+            config = self._config or config
             config = {**config, "vae": checkpoints.vae_config(given, config["vae"])}
             yield "vae", config, lambda like: checkpoints.vae_state(path, config["vae"])
         elif kind.use == DEPTH:
@@ -277,6 +281,11 @@ class _Inspection:
     # --- folders -------------------------------------------------------------------------------------------
 
     def folder(self, path: Path) -> FileReport:
+        try:
+            if checkpoints.is_exemplar(path):
+                return self._exemplar(path)
+        except ModelFileError as error:
+            return _folder_report(path, PIPELINE, problems=(str(error),))
         if (path / "model_index.json").is_file():
             return self._pipeline(path)
         if any(checkpoints.first_existing(path, names) for names in ORIGINAL_FILES.values()):
@@ -310,16 +319,32 @@ class _Inspection:
             problems.append(f"{path} is not complete: {'; '.join(missing)} not found. Download what is missing.")
         return _folder_report(path, RELEASE, files, missing, problems)
 
-    def _pipeline(self, path: Path) -> FileReport:
+    def _exemplar(self, path: Path) -> FileReport:
+        """Paint by Example's diffusers folder: each part found and of the right kind, name and shape."""
         try:
-            name = checkpoints.read_json(path / "model_index.json").get("_class_name")
+            source = checkpoints.ExemplarFiles(path, None, self._config)
         except ModelFileError as error:
-            return _folder_report(path, PIPELINE, problems=(str(error),))
-        if name == "PaintByExamplePipeline":
-            return _folder_report(path, PAINT_BY_EXAMPLE, notes=(PAINT_BY_EXAMPLE.hint,))
+            return _folder_report(path, EXEMPLAR_FOLDER, problems=(str(error),))
+        files = [self.file(file, file.parent) for file in source.files.values()]
+        problems = [problem for file in files for problem in file.problems]
+        if not problems:
+            for part in parts_of(source.config):
+                try:
+                    like = checkpoints.empty_part(part, source.config, source.file_of(part)).state_dict()
+                    checkpoints.fitting_state(part, source, like)
+                except ModelFileError as error:
+                    problems.append(str(error))
+        return _folder_report(path, EXEMPLAR_FOLDER, files, problems=problems)
+
+    def _pipeline(self, path: Path) -> FileReport:
+        name = checkpoints.read_json(path / "model_index.json").get("_class_name")
         files = [self.folder(path / "vae")] if (path / "vae").is_dir() else []
         notes = (PIPELINE.hint, f"Its model_index.json says {name}.")
         return _folder_report(path, PIPELINE, files, notes=notes)
+
+
+def _original_state(content: Mapping, part: str, config: dict, path: Path, like: Mapping) -> dict[str, Tensor]:
+    return checkpoints.original_state(content, part, config, like, path)
 
 
 def _folder_report(path: Path, kind: Kind, files=(), missing=(), problems=(), notes=()) -> FileReport:
@@ -404,18 +429,23 @@ def _header_config(metadata: Mapping[str, str]) -> dict:
     return config if isinstance(config, dict) else {}
 
 
+def _single_file(metadata: Mapping[str, str]) -> Kind:
+    """What a converted file is, by the system its header names; loading it refuses a system that is none."""
+    return SINGLE_FILES.get(str(_header_config(metadata).get("system")), SINGLE_FILE)
+
+
 def _title(kind: Kind, metadata: Mapping[str, str]) -> str:
     config = _header_config(metadata)
-    if kind is not SINGLE_FILE:
+    if kind not in SINGLE_FILES.values():
         return kind.title
-    if config.get("system") != SINGLE_FILE.name:
+    if config.get("system") not in list(SINGLE_FILES):
         return f"a converted model of the system {config.get('system')!r}"
     return f"{kind.title}: {config.get('name', 'without a name')}"
 
 
 def _licence(kind: Kind, metadata: Mapping[str, str]) -> str:
     """A converted file that was not made from the release was trained by someone: here, or elsewhere."""
-    if kind is SINGLE_FILE and "origin" not in _header_config(metadata):
+    if kind in SINGLE_FILES.values() and "origin" not in _header_config(metadata):
         return "of whoever trained it; the model embedded in this package: Apache-2.0 (docs/licences.md)"
     return kind.licence
 

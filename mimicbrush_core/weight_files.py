@@ -172,6 +172,20 @@ def _load_pickle(path: Path, mappable: bool) -> object:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
+def pickle_mentions(path: str | os.PathLike, text: str) -> bool:
+    """Whether the pickle inside a zip holds `text`, e.g. in a key; nothing of it is run.
+
+    Raises ModelFileError: the zip is cut off, or not PyTorch's.
+    """
+    _check_zip(Path(path))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            return any(text.encode() in archive.read(name) for name in records)
+    except (zipfile.BadZipFile, OSError, zlib.error):  # reading it will say what is wrong
+        return False
+
+
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     """The free entries of a safetensors header; empty for pickles."""
     return _header(Path(path)).get("__metadata__") or {} if file_format(path) == SAFETENSORS else {}

@@ -345,8 +345,14 @@ SINGLE_CASES = {
         ["imitative U-Net", "one part"],
     ),
     "SmartBrush": (put_tensors(SINGLE, {**UNET, "conv_in.weight": torch.zeros(8, 5, 3, 3)}), ["SmartBrush"]),
-    "configuration without system": (in_config(system=None), ["None", "'mimicbrush' was expected"]),
-    "configuration of another system": (in_config(system="smartbrush"), ["'smartbrush'", "'mimicbrush' was expected"]),
+    "configuration without system": (
+        in_config(system=None),
+        ["None", "'mimicbrush' or 'paint-by-example' was expected"],
+    ),
+    "configuration of another system": (
+        in_config(system="smartbrush"),
+        ["'smartbrush'", "'mimicbrush' or 'paint-by-example' was expected"],
+    ),
     "configuration from the future": (in_config(version=7), ["version 7", "expected 1", "Update"]),
     "configuration without a section": (in_config(vae=None), ["no 'vae'", "expected"]),
     "configuration section of text": (in_config(unet="big"), ["no 'unet'", "expected"]),
@@ -545,7 +551,9 @@ def test_zips_without_checksums_are_read(world):
 
 KINDS = {
     "magic-fixup": MAGIC_FIXUP,
-    "paint-by-example": {"state_dict": PAINT_BY_EXAMPLE},
+    "paint-by-example-original": {"state_dict": PAINT_BY_EXAMPLE},
+    "paint-by-example-image-encoder": tensors("uncond_vector", "mapper.blocks.0.norm1.weight"),
+    "paint-by-example-headerless": tensors("unet.x", "exemplar_encoder.x", "vae.x"),
     "sdxl": SDXL,
     "stable-diffusion": SD,
     "stable-diffusion-inpainting": SD_INPAINTING,
@@ -651,7 +659,7 @@ def test_values_are_looked_at_where_that_is_cheap_or_asked_for(world, monkeypatc
 
 @pytest.mark.parametrize(
     ("pipeline", "kind"),
-    (("PaintByExamplePipeline", "paint-by-example"), ("StableDiffusionPipeline", "pipeline-folder")),
+    (("PaintByExamplePipeline", "paint-by-example-folder"), ("StableDiffusionPipeline", "pipeline-folder")),
 )
 def test_diffusers_folders(world, pipeline, kind):
     world.file("model_index.json").write_text(json.dumps({"_class_name": pipeline}))

@@ -1,4 +1,4 @@
-"""MimicBrush: what it reads, how its inputs are prepared, how its reference is read, how a picture is finished.
+"""MimicBrush: what it reads, how its inputs are prepared, how its reference is read.
 
 Chen et al., "Zero-shot Image Editing with Reference Imitation", NeurIPS 2024, arXiv 2406.07547. Where the
 released code and the paper differ, the released code is followed.
@@ -8,120 +8,108 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch._dynamo
+from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from .. import editing, images, masks
 from ..acceleration import EXACT, Acceleration, DeepFeatures
-from ..attention import ReferenceFeatures, ReferenceReading
-from ..checkpoints import embedded_model_path, load_modules
+from ..attention import ReadingObserver, ReferenceFeatures, ReferenceReading
+from ..checkpoints import embedded_model_path
 from ..depth import DepthCondition, drawn_map, estimate_depth, fitted_depth_pictures, no_depth_map
-from ..editing import BatchResult, EditResult, EditSettings, Progress
-from ..encoders import decode_latents, encode_latents, image_tokens, unconditional_tokens
+from ..editing import BatchResult, EditResult, EditSettings, Progress, Reporter
+from ..encoders import image_tokens, unconditional_tokens
 from ..errors import ArgumentError
-from ..modules import Modules
+from ..modules import MIMICBRUSH, Modules
 from ..references import Reference, ReferenceUse
+from ..repaint import Condition, Repainter, Work, device_of
 from ..reuse import KeptTokens, SharedStart
-from ..sampling import StepInfo, denoise, guide, initial_noise, make_scheduler
+from ..sampling import StepInfo, denoise, guide
 
 WHITE, BLACK = 255, 0
-PREVIEW_LATENT_SIDE = 32
 
 
 @dataclass(frozen=True)
-class SourceCondition:
-    """What rides beside the latents: mask [B,1,h,w], latents of the holed picture [B,4,h,w], depth [B,4,h,w]."""
+class SourceCondition(Condition):
+    """mask [B,1,h,w], latents of the holed picture [B,4,h,w], depth [B,4,h,w]."""
 
     mask: Tensor
     hole_latents: Tensor
     depth: Tensor
-
-    @classmethod
-    def of(cls, conditions: Sequence[SourceCondition]) -> SourceCondition:
-        """Several as one batch."""
-        parts = [(one.mask, one.hole_latents, one.depth) for one in conditions]
-        return cls(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
     def channels(self) -> Tensor:
         """[B,9,h,w] in the original's order."""
         return torch.cat([self.mask, self.hole_latents, self.depth], dim=1)
 
 
+RunObserver = Callable[[float, Sequence[ReferenceUse]], ReadingObserver | None]
+"""observer(progress, references): asked before each step, 0..1 of the run, in which these references are read; what it
+gives is told of every reading in the step."""
+
+
 @dataclass(frozen=True)
 class _Step:
     """What one step does.
 
-    features_at: the timestep whose reference features are read. active: the references read. guided: whether the
-    unconditional row is computed, too. deep: whether the U-Net's deep blocks are.
+    progress: which share of the run is done before it, 0..1. features_at: the timestep whose reference features are
+    read. active: the references read. guided: whether the unconditional row is computed, too. deep: whether the
+    U-Net's deep blocks are.
     """
 
+    progress: float
     features_at: float
     active: tuple[ReferenceUse, ...]
     guided: bool
     deep: bool
 
 
-class MimicBrush:
-    """A loaded model. One instance serves any number of edits; it caches only constants of its weights."""
+class MimicBrush(Repainter):
+    """A loaded MimicBrush; it caches only constants of its weights."""
+
+    system = MIMICBRUSH
 
     def __init__(self, modules: Modules, config: dict):
-        self.modules = modules
-        self.config = config
+        super().__init__(modules, config)
         self._unconditional: Tensor | None = None
         self._no_depth: Tensor | None = None
         self._no_depth_features: dict[tuple[int, int], Tensor] = {}
 
     @classmethod
-    def load(
-        cls,
-        path: str | os.PathLike | None = None,
-        *,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
-        **files,
-    ) -> MimicBrush:
-        """Load a model (default: the embedded one) onto a device; `files` as in `checkpoints.load_modules`."""
-        modules, config = load_modules(path or embedded_model_path(), dtype=dtype, **files)
-        return cls(modules, config).to(device)
+    def load(cls, path: str | os.PathLike | None = None, **options) -> MimicBrush:
+        """As `Repainter.load`; default: the embedded model."""
+        return super().load(path or embedded_model_path(), **options)
 
-    def optimize(self, *, channels_last: bool = False, vae_tiling: bool = False) -> MimicBrush:
-        """Lay the U-Nets' weights out channels last; encode and decode large pictures in tiles. Both are inexact."""
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        for unet in (self.modules.unet, self.modules.reference_unet):
-            unet.to(memory_format=layout)
-        (self.modules.vae.enable_tiling if vae_tiling else self.modules.vae.disable_tiling)()
+    def optimize(self, *, channels_last: bool = False, compiled: bool = False, vae_tiling: bool = False) -> MimicBrush:
+        """Choose how the networks run; once, after loading. Results change in the last bits, with tiles a little more.
+
+        channels_last: how the U-Nets' weights lie in memory. compiled: their transformer blocks by torch.compile; the
+        first steps at each size then wait for the compiler. vae_tiling: squares above 512 pixels are encoded and
+        decoded in tiles. Raises ArgumentError for a VAE that has none.
+        """
+        vae, unets = self.modules.vae, (self.modules.unet, self.modules.reference_unet)
+        if vae_tiling and isinstance(vae, AutoencoderTiny):
+            raise ArgumentError("This model's VAE is small and has no tiles. Leave vae_tiling off.")
+        if channels_last:
+            for unet in unets:
+                unet.to(memory_format=torch.channels_last)
+        if compiled:
+            # A U-Net has 16 blocks of more kinds than the compiler takes on by itself; it would leave the rest alone.
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+            for unet in unets:
+                unet.compile_repeated_blocks()
+        if vae_tiling:
+            vae.enable_tiling()
         return self
 
     def to(self, device: str | torch.device) -> MimicBrush:
-        for _, module in self.modules.items():
-            module.to(device)
         self._unconditional = self._no_depth = None
         self._no_depth_features.clear()
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        return self.modules.unet.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.modules.unet.dtype
-
-    @property
-    def latent_factor(self) -> int:
-        """Picture pixels per latent, 8 for SD-1.5."""
-        vae = self.config["vae"]
-        return 2 ** (len(vae.get("block_out_channels") or vae["encoder_block_out_channels"]) - 1)
-
-    @property
-    def size_multiple(self) -> int:
-        """What the side of the model's square must be a multiple of."""
-        # The U-Net halves the latents once per level below the first.
-        return self.latent_factor * 2 ** (len(self.config["unet"]["block_out_channels"]) - 1)
+        return super().to(device)
 
     # -- conditions -----------------------------------------------------------------------------------------
 
@@ -150,9 +138,9 @@ class MimicBrush:
         tokens = image_tokens(
             self.modules.image_encoder,
             self.modules.image_projection,
-            images.clip_pixel_values(square, clip_size).to(_device_of(self.modules.image_encoder)),
+            images.clip_pixel_values(square, clip_size).to(device_of(self.modules.image_encoder)),
         )
-        return Reference(self._encode(pixels, noise), tokens, owner=self, region=region)
+        return Reference(self._encode(pixels, noise), tokens, owner=self, region=region, picture=picture)
 
     @torch.no_grad()
     def encode_source(
@@ -192,7 +180,7 @@ class MimicBrush:
     def estimate_depth(self, square: np.ndarray) -> Tensor:
         """Relative inverse depth of a square picture uint8 [S,S,3], [1,s,s] in the network's raw range."""
         pixels = images.depth_pixel_values(square, self.config["depth_network"]["image_size"])
-        return estimate_depth(self.modules.depth_network, pixels.to(_device_of(self.modules.depth_network)))
+        return estimate_depth(self.modules.depth_network, pixels.to(device_of(self.modules.depth_network)))
 
     @torch.no_grad()
     def depth_condition(
@@ -240,7 +228,7 @@ class MimicBrush:
 
     def _depth_feature(self, depth_map: Tensor, latent_size: tuple[int, int]) -> Tensor:
         projector = self.modules.depth_projector
-        return projector(depth_map.to(_device_of(projector)), latent_size).float()
+        return projector(depth_map.to(device_of(projector)), latent_size).float()
 
     @torch.no_grad()
     def no_depth_map(self) -> Tensor:
@@ -274,17 +262,6 @@ class MimicBrush:
         self.unconditional_tokens()
         self.no_depth_map()
 
-    def _encode(self, pixels: Tensor, noise: Tensor | None) -> Tensor:
-        vae = self.modules.vae
-        noise = None if noise is None else noise.to(vae.device, vae.dtype)
-        return encode_latents(vae, pixels.to(vae.device, vae.dtype), noise).float()
-
-    def _size(self, size: int | None) -> int:
-        size, multiple = size or self.config["defaults"]["size"], self.size_multiple
-        if size < multiple or size % multiple:
-            raise ArgumentError(f"size is {size}; this model needs a multiple of {multiple}.")
-        return size
-
     # -- sampling -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -299,6 +276,7 @@ class MimicBrush:
         acceleration: Acceleration = EXACT,
         on_features: Callable[[int], None] | None = None,
         on_step: Callable[[StepInfo], None] | None = None,
+        observer: RunObserver | None = None,
     ) -> Tensor:
         """Denoise to latents [B,4,h,w].
 
@@ -308,6 +286,7 @@ class MimicBrush:
         guidance: 1 evaluates the conditional row only; otherwise e_u + g (e_c - e_u).
         acceleration: what may be approximated.
         on_features(n): after n more features were written ahead; it may raise to cancel, like on_step.
+        observer: watches how the references are read; the picture stays what it is without it.
         """
         plan = self._plan(references, scheduler, guidance, acceleration)
         for reference in dict.fromkeys(use.reference for use in references):  # once, if it is used twice
@@ -334,6 +313,7 @@ class MimicBrush:
                     ReferenceFeatures(use.reference.banks_at(reference_unet, step.features_at), use.weight)
                     for use in step.active
                 ]
+                reading.observer = observer(step.progress, step.active) if observer is not None else None
                 start.on = step.guided
                 model_input = torch.cat([latents.to(self.dtype), beside], dim=1)  # [B,13,h,w]
                 if step.guided:
@@ -358,6 +338,7 @@ class MimicBrush:
             active = tuple(use for use in references if use.active(index, len(timesteps)))
             plan.append(
                 _Step(
+                    progress=index / len(timesteps),
                     features_at=timesteps[acceleration.reference_step(index)],
                     active=active,
                     guided=bool(active) and guidance != 1 and acceleration.guided(index, len(timesteps)),
@@ -393,16 +374,6 @@ class MimicBrush:
                 f"{noise.shape[-1] * self.latent_factor}. Encode the reference for the same size as the edit."
             )
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """Latents [B,4,h,w] -> pictures uint8 [B,H,W,3]."""
-        return images.from_model_range(decode_latents(self.modules.vae, latents.to(self.dtype)).float())
-
-    def preview(self, latents: Tensor) -> np.ndarray:
-        """The first picture of the batch, decoded from reduced latents: quick and coarse, uint8 [h,w,3]."""
-        shrink = max(1, max(latents.shape[-2:]) // PREVIEW_LATENT_SIDE)
-        return self.decode(F.avg_pool2d(latents[:1], shrink))[0]
-
     # -- the whole edit -------------------------------------------------------------------------------------
 
     def edit(
@@ -422,14 +393,8 @@ class MimicBrush:
         settings.keep_shape's, which is the source's own. Raises PictureError or ArgumentError before any work is
         done if something does not fit.
         """
-        source = images.picture_from_array(source, "source")
-        masks.check_mask(mask, *source.shape[:2])
-        settings = self._completed(settings or EditSettings(), reference)
-        window = editing.edit_window([masks.binarize(mask).astype(np.float32)], settings)
-        uses = self._uses(reference, settings)
-        [raw] = self._repaint([source], [mask], window, uses, settings, depth, on_progress)
-        alpha = masks.feather_alpha(mask, settings.feather)
-        return EditResult(editing.pasted(source, raw, alpha, window), raw, alpha, window, settings)
+        begin = partial(self._begin, reference, depth)
+        return self._edit(source, mask, settings or EditSettings(), begin, on_progress, self.size_of(reference))
 
     def edit_batch(
         self,
@@ -440,28 +405,19 @@ class MimicBrush:
         on_progress: Callable[[Progress], None] | None = None,
         *,
         depth: DepthCondition | None = None,
+        observer: RunObserver | None = None,
     ) -> BatchResult:
         """Repaint a batch of pictures float [B,H,W,3 or 4] in 0..1 under masks float [B,H,W].
 
         sources, masks and depth: each one, used for all, or as many as the longest. All share the references' work
         and one window. Soft mask values blend softly; a picture whose own mask is empty comes back as it was.
-        Raises as `edit` does.
+        observer: as in `sample`. Raises as `edit` does.
         """
-        source_list = editing.eight_bit_pictures(sources, "source")
-        mask_list = editing.checked_masks(mask, *sources.shape[1:3])
-        counts = {"source": len(source_list), "mask": len(mask_list)} | ({"depth": len(depth)} if depth else {})
-        count = editing.batch_size(counts)
-        settings = self._completed(settings or EditSettings(), reference)
-        window = editing.edit_window(mask_list, settings)
-        source_list, mask_list = editing.repeated(source_list, count), editing.repeated(mask_list, count)
-        uses = self._uses(reference, settings)
-        raw_list = self._repaint(source_list, mask_list, window, uses, settings, depth, on_progress)
-
-        alpha = np.stack([masks.feather_alpha(one, settings.feather, soft=True) for one in mask_list])
-        alpha *= np.array([masks.binarize(one).any() for one in mask_list])[:, None, None]  # left as they were
-        raw = torch.from_numpy(np.stack(raw_list)).float() / 255
-        pictures = editing.pasted_batch(sources.expand(count, -1, -1, -1), raw, alpha, window)
-        return BatchResult(pictures, raw, torch.from_numpy(alpha).float() / 255, window, settings)
+        begin = partial(self._begin, reference, depth, observer=observer)
+        counts = {"depth": len(depth)} if depth else {}
+        return self._edit_batch(
+            sources, mask, settings or EditSettings(), begin, on_progress, self.size_of(reference), counts
+        )
 
     def _uses(self, reference, settings: EditSettings) -> list[ReferenceUse]:
         """Whatever a caller gave as reference, as a list of uses."""
@@ -474,87 +430,50 @@ class MimicBrush:
         picture = images.picture_from_array(reference, "reference")
         return [ReferenceUse(self.encode_reference(picture, settings.size), settings.weight)]
 
-    def _repaint(
+    def _begin(
         self,
+        reference: np.ndarray | Reference | ReferenceUse | Sequence[ReferenceUse],
+        depth: DepthCondition | None,
         sources: Sequence[np.ndarray],
         mask_list: Sequence[np.ndarray],
         window: masks.CropWindow,
-        references: Sequence[ReferenceUse],
         settings: EditSettings,
-        depth: DepthCondition | None,
-        on_progress: Callable[[Progress], None] | None,
-    ) -> list[np.ndarray]:
-        """The model's answers for the window of each picture, uint8 [h,w,3]; where nothing is masked, the source."""
-        if depth is not None and depth.pictures.shape[1:3] != sources[0].shape[:2]:
-            raise ArgumentError(
-                f"The depth was made for a picture of {depth.pictures.shape[2]} x {depth.pictures.shape[1]} pixels, "
-                f"the source is {sources[0].shape[1]} x {sources[0].shape[0]}. Make it from a picture of that size."
-            )
-        for index, mask in enumerate(mask_list if depth is not None else ()):
-            depth.check_visible(index % len(depth), masks.binarize(mask))
-        parts = [source[window.slices] for source in sources]
-        part_masks = [mask[window.slices] for mask in mask_list]
-        answers = list(parts)
-        seeds = settings.seeds(len(parts))
-        to_do = [index for index, mask in enumerate(part_masks) if masks.binarize(mask).any()]
-        chunks = [to_do[start : start + settings.at_once] for start in range(0, len(to_do), settings.at_once)]
-        report = self._reporter(references, settings, len(chunks), on_progress)
-        for chunk in chunks:
-            conditions = []
-            for index in chunk:
-                keep_shape, depth_map = settings.keep_shape, None
-                if depth is not None:
-                    keep_shape = depth.strength
-                    depth_map = self._depth_map(depth, index % len(depth), window) if keep_shape else None
-                conditions.append(
-                    self.encode_source(
-                        parts[index], part_masks[index], settings.size, keep_shape=keep_shape, depth_map=depth_map
-                    )
-                )
-            condition = SourceCondition.of(conditions)
-            latents = self.sample(
-                condition,
-                references,
-                initial_noise([seeds[index] for index in chunk], tuple(condition.hole_latents.shape[1:])),
-                self._scheduler(settings),
-                settings.guidance,
-                acceleration=settings.acceleration,
-                on_features=report.features,
-                on_step=report.step,
-            )
-            for index, latent in zip(chunk, latents.split(1), strict=True):  # the decoder needs the most memory
-                raw = self._fit(self.decode(latent)[0], *parts[index].shape[:2])
-                answers[index] = editing.color_matched(raw, parts[index], part_masks[index], settings)
-        return answers
-
-    def _scheduler(self, settings: EditSettings):
-        return make_scheduler(self.config["scheduler"], settings.scheduler, settings.steps, settings.spacing)
-
-    def _reporter(self, references, settings: EditSettings, chunks: int, on_progress) -> _Reporter:
-        plan = self._plan(references, self._scheduler(settings), settings.guidance, settings.acceleration)
+        *,
+        observer: RunObserver | None = None,
+    ) -> Work:
+        """Refuse depth that does not fit, encode the references, and count the features they still lack."""
+        if depth is not None:
+            _check_depth(depth, sources, mask_list)
+        uses = self._uses(reference, settings)
+        plan = self._plan(uses, self._scheduler(settings), settings.guidance, settings.acceleration)
         missing = {
             (id(use.reference), step.features_at)
             for step in plan
             for use in step.active
             if use.reference.missing([step.features_at])
         }
-        return _Reporter(on_progress, len(missing), len(missing) + chunks * len(plan), self.preview)
 
-    @staticmethod
-    def _fit(square: np.ndarray, height: int, width: int) -> np.ndarray:
-        """The model's square answer -> uint8 [height,width,3]: scaled to the long side, padding cropped."""
-        side = max(height, width)
-        return images.crop_padding(images.resize_bilinear(square, side, side), height, width)
+        def condition(index: int, part: np.ndarray, mask: np.ndarray) -> SourceCondition:
+            keep_shape, depth_map = settings.keep_shape, None
+            if depth is not None:
+                keep_shape = depth.strength
+                depth_map = self._depth_map(depth, index % len(depth), window) if keep_shape else None
+            return self.encode_source(part, mask, settings.size, keep_shape=keep_shape, depth_map=depth_map)
 
-    def _completed(self, settings: EditSettings, reference) -> EditSettings:
-        """Check the settings and fill in the model's defaults."""
-        settings.check()
-        defaults = self.config["defaults"]
-        filled = {key: defaults[key] for key in ("steps", "guidance", "scheduler") if getattr(settings, key) is None}
-        size = settings.size or self.size_of(reference)
-        completed = replace(settings, size=self._size(size), **filled)
-        self._scheduler(completed)  # raises for what does not fit, before any work is done
-        return completed
+        def sample(condition: SourceCondition, noise: Tensor, scheduler, report: Reporter) -> Tensor:
+            return self.sample(
+                condition,
+                uses,
+                noise,
+                scheduler,
+                settings.guidance,
+                acceleration=settings.acceleration,
+                on_features=report.features,
+                on_step=report.step,
+                observer=observer,
+            )
+
+        return Work(condition, sample, len(missing))
 
     def size_of(self, reference) -> int | None:
         """The size an encoded reference (or the first of several) was encoded for; None for a picture."""
@@ -564,24 +483,11 @@ class MimicBrush:
         return encoded.latents.shape[-1] * self.latent_factor if isinstance(encoded, Reference) else None
 
 
-class _Reporter:
-    """Counts an edit's work and tells `on_progress` of it."""
-
-    def __init__(self, on_progress: Callable[[Progress], None] | None, features: int, total: int, preview):
-        self._tell = on_progress or (lambda progress: None)
-        self._features, self._total, self._preview = features, total, preview
-        self._written = self._steps = 0
-
-    def features(self, count: int) -> None:
-        self._written += count
-        self._tell(Progress("reference", min(self._written, self._features), self._total))
-
-    def step(self, info: StepInfo) -> None:
-        self._steps += 1
-        # Features beyond the store's bound are not written ahead: sampling starts after all that were counted.
-        done = self._features + self._steps
-        self._tell(Progress("sampling", done, self._total, lambda: self._preview(info.predicted_latents)))
-
-
-def _device_of(module: torch.nn.Module) -> torch.device:
-    return next(module.parameters()).device
+def _check_depth(depth: DepthCondition, sources: Sequence[np.ndarray], mask_list: Sequence[np.ndarray]) -> None:
+    if depth.pictures.shape[1:3] != sources[0].shape[:2]:
+        raise ArgumentError(
+            f"The depth was made for a picture of {depth.pictures.shape[2]} x {depth.pictures.shape[1]} pixels, "
+            f"the source is {sources[0].shape[1]} x {sources[0].shape[0]}. Make it from a picture of that size."
+        )
+    for index, mask in enumerate(mask_list):
+        depth.check_visible(index % len(depth), masks.binarize(mask))

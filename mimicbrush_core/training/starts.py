@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints import (
+    ENCODER_FILES,
+    UNET_FILES,
     check_depth_config,
     depth_state,
     embedded_model_path,
@@ -26,12 +28,6 @@ from ..modules import Modules, build_modules, build_part, bundled_config
 from ..recognition import CLIP_VISION, recognise
 from ..weight_files import is_folder, read_tensors
 
-UNET_FILES = (
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.fp16.safetensors",
-    "diffusion_pytorch_model.bin",
-)
-ENCODER_FILES = ("model.safetensors", "pytorch_model.bin")
 INPAINTING_CHANNELS = 9
 """Of Stable Diffusion's inpainting U-Net: latents 4, mask 1, latents of the masked picture 4, in MimicBrush's order."""
 
