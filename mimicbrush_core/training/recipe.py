@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 STAGES = {
     "autoencoder": TrainingSettings(samples=24_000, batch=16, lr=1e-3, adam_lr=5e-4, warmup_steps=50, cooldown=0.4),
     "depth": TrainingSettings(samples=14_400, batch=16, lr=4e-3, adam_lr=2e-3, warmup_steps=50, cooldown=0.4),
-    "imitation": TrainingSettings(samples=99_000, batch=48, lr=5e-3, adam_lr=2e-3, cooldown=0.4),
+    "imitation": TrainingSettings(samples=170_000, batch=48, lr=5e-3, adam_lr=2e-3, cooldown=0.4),
 }
 """Stages in order, with the settings the shipped model was trained with."""
 
