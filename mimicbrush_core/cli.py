@@ -282,12 +282,13 @@ def _train_stages(arguments: argparse.Namespace) -> None:
             "The stages draw their own pairs. Use --videos, --frames and --stills with --preview, or to fine-tune: "
             "with --lora, --model, --from-sd15 or --random."
         )
-    from .training.recipe import STAGES, export, run_stage
+    from accelerate import PartialState
+
+    from .training.recipe import STAGES, run_stage
 
     folder = Path(arguments.folder)
     if arguments.export:
-        samples = export(folder, Path(arguments.export))
-        print(f"Wrote {arguments.export} after {samples} samples of imitation.")
+        _export(folder, Path(arguments.export))
         return
     for stage in [arguments.stage] if arguments.stage else STAGES:
         run_stage(
@@ -303,6 +304,14 @@ def _train_stages(arguments: argparse.Namespace) -> None:
             precision=arguments.precision,
             **_engine_changes(arguments),
         )
+    if not arguments.stage and PartialState().is_main_process:
+        _export(folder, folder / "model.safetensors")
+
+
+def _export(folder: Path, path: Path) -> None:
+    from .training.recipe import export
+
+    print(f"Wrote {path} after {export(folder, path)} samples of imitation.")
 
 
 def _engine_changes(arguments: argparse.Namespace) -> dict:

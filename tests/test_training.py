@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from mimicbrush_core.cli import main
 from mimicbrush_core.errors import ArgumentError
 from mimicbrush_core.modules import build_modules, bundled_config
+from mimicbrush_core.systems.mimicbrush import MimicBrush
 from mimicbrush_core.training import hole_masks, objective
 from mimicbrush_core.training.optimizer import MuonAdamW
 from mimicbrush_core.training.recipe import STAGES, export, run_stage
@@ -252,3 +254,14 @@ def test_stages_come_in_order_and_export_a_model(tmp_path):
 
     model = MimicBrush.load(tmp_path / "model.safetensors")
     assert model.modules.vae.config.scaling_factor == model.config["vae"]["scaling_factor"]
+
+
+def test_one_command_trains_every_stage_and_leaves_a_model(tmp_path, capsys):
+    command = ["train", "--folder", str(tmp_path), "--batch", "4", "--device", "cpu", "--precision", "fp32"]
+    assert main([*command, "--samples", "4"]) == 0
+    first = MimicBrush.load(tmp_path / "model.safetensors")
+    assert first.config["name"] == MimicBrush.load().config["name"]
+    assert main([*command, "--samples", "8"]) == 0  # goes on, and renews the model
+    again = MimicBrush.load(tmp_path / "model.safetensors")
+    assert not torch.equal(again.modules.unet.conv_in.weight, first.modules.unet.conv_in.weight)
+    assert capsys.readouterr().out.count("model.safetensors") == 2
