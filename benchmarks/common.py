@@ -80,16 +80,17 @@ def square_mask(size: int, shift: int = 0) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Variant:
-    """run: what is timed; before: what has to be so first, not timed."""
+    """run: what is timed; before: what has to be so first, not timed. steps: how many it runs; times are of one."""
 
     run: Callable[[], Any]
     before: Callable[[], None] = lambda: None
+    steps: int = 1
 
 
 def time_rounds(
     variants: dict[Hashable, Variant], rounds: int, device: str, clock: Callable[[], float] = time.perf_counter
 ) -> dict[Hashable, list[float]]:
-    """Seconds of each variant in each round; every other round in reverse order."""
+    """Seconds of each variant's step in each round; every other round in reverse order."""
     seconds: dict[Hashable, list[float]] = {name: [] for name in variants}
     for index in range(rounds):
         names = list(variants) if index % 2 == 0 else list(reversed(variants))
@@ -99,7 +100,7 @@ def time_rounds(
             start = clock()
             variants[name].run()
             synchronize(device)
-            seconds[name].append(clock() - start)
+            seconds[name].append((clock() - start) / variants[name].steps)
         print(f"round {index + 1} of {rounds} done", file=sys.stderr, flush=True)
     return seconds
 

@@ -53,7 +53,8 @@ def size_figure(counted: Sequence[dict], steps: Sequence[dict]) -> Figure:
     for name in (FIRST_RUN, KNOWN, PLAIN):
         floor = [one[name] / one[ORIGINAL] for one in counted]
         axes.plot(sizes, floor, "--", color=COLORS[name], label=f"{name}, counted")
-        points = [(one["facts"]["size"], one["ratios"][f"{name} / {ORIGINAL}"]) for one in steps]
+        ratio = f"{name} / {ORIGINAL}"
+        points = [(one["facts"]["size"], one["ratios"][ratio]) for one in steps if ratio in one["ratios"]]
         _measured(axes, points, COLORS[name], f"{name}, measured")
     axes.axhline(1, color=COLORS[ORIGINAL], linewidth=1)
     _label(axes, "one step against size", "pixels a side", f"of the original's step ({ORIGINAL} = 1)")
