@@ -1,7 +1,7 @@
 """The help pages' pictures of what each setting does, made with the embedded model. From the repository's root, with
 this package installed (`pip install -e .`, or PYTHONPATH=.):
 
-    python docs/make_effects.py        # writes web/docs/images/*.jpg
+    python docs/make_effects.py        # writes web/docs/images/*.jpg and workflows/look_inside_an_edit.jpg
 
 Run it again when the embedded model changes. Example sets, seed 0, the model's own settings; in each sheet only the
 named setting varies.
@@ -22,7 +22,9 @@ from mimicbrush_core.checkpoints import embedded_model_path
 from mimicbrush_core.coarse_edit import CUT, DUPLICATE, FLIP_LEFT_RIGHT, MOVE, CoarseEdit, coarse_edit, over_checker
 from mimicbrush_core.editing import EditSettings
 from mimicbrush_core.examples import EXAMPLES
-from mimicbrush_core.images import resize_bilinear
+from mimicbrush_core.images import pad_to_square, resize_bilinear, resize_lanczos
+from mimicbrush_core.inspection import COARSE, FINE, Inspection, inspect_edit
+from mimicbrush_core.inspection_pictures import LEAST_SIDE, draw_looks, draw_reliance
 from mimicbrush_core.mask_tools import ChangeSettings, blended, change_mask
 from mimicbrush_core.masks import MAX_PRECISION_LEVEL, precise_mask
 from mimicbrush_core.references import ReferenceUse
@@ -30,7 +32,9 @@ from mimicbrush_core.sheets import BACKGROUND, INK, show_mask
 from mimicbrush_core.systems.mimicbrush import MimicBrush
 
 FOLDER = Path(__file__).parents[1] / "web" / "docs" / "images"
+TEMPLATES = Path(__file__).parents[1] / "workflows"
 MAX_BYTES = 40_000
+THUMBNAIL_SIDE = 512
 
 COLUMNS = 2  # the help is a narrow column at the side of the screen
 TILE = 256
@@ -61,16 +65,20 @@ def sheet(panels: list[Panel], tile: int) -> Image.Image:
 
 
 def write(name: str, panels: list[Panel], tile: int = TILE) -> None:
-    """web/docs/images/NAME.jpg, in the best quality that is small enough."""
+    save(name, sheet(panels, tile))
+
+
+def save(name: str, picture: Image.Image, folder: Path = FOLDER) -> None:
+    """FOLDER/NAME.jpg, in the best quality that is small enough."""
     for quality in (88, 80, 72, 64):
         data = io.BytesIO()
-        sheet(panels, tile).save(data, "JPEG", quality=quality, optimize=True)
+        picture.save(data, "JPEG", quality=quality, optimize=True)
         if data.tell() <= MAX_BYTES:
             break
     else:
         raise SystemExit(f"{name}.jpg has {data.tell()} bytes at quality {quality}; {MAX_BYTES} are allowed.")
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    (FOLDER / f"{name}.jpg").write_bytes(data.getvalue())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.jpg").write_bytes(data.getvalue())
 
 
 def series(name: str, values: list[float], result: Callable[[float], np.ndarray]) -> list[Panel]:
@@ -186,6 +194,60 @@ def of_depth(model: MimicBrush) -> dict[str, list[Panel]]:
     return {"depth_strength": panels}
 
 
+# --- looking inside ------------------------------------------------------------------------------------------
+
+
+def of_inspection(model: MimicBrush) -> dict[str, list[Panel]]:
+    source, mask, reference = EXAMPLE["part"].render()
+
+    def heat(blocks: str) -> np.ndarray:
+        drawn = drawn_reliance("part", inspected(model, "part", blocks=blocks))
+        return resize_lanczos(pad_to_square(drawn, BACKGROUND[0]), TILE)
+
+    return {
+        "reliance": given(source, mask, reference) + [(f"blocks {blocks}", heat(blocks)) for blocks in (COARSE, FINE)]
+    }
+
+
+def correspondence(model: MimicBrush) -> Image.Image:
+    """Two edits with where their points look, one below the other."""
+    drawn = [drawn_looks(name, inspected(model, name, points=6)) for name in ("object", "texture")]
+    return widened(np.concatenate(drawn), COLUMNS * (TILE + GAP) + GAP)
+
+
+def inspection_thumbnail(model: MimicBrush) -> Image.Image:
+    """The template's: the edit and its reliance above, the correspondence below."""
+    inspection = inspected(model, "object", points=6, blocks=FINE)
+    half = THUMBNAIL_SIDE // 2
+    above = [eight_bits(inspection.edit.pictures), drawn_reliance("object", inspection)[:LEAST_SIDE]]
+    thumbnail = Image.new("RGB", (THUMBNAIL_SIDE, THUMBNAIL_SIDE), BACKGROUND)
+    for index, picture in enumerate(above):
+        thumbnail.paste(Image.fromarray(resize_lanczos(picture, half)), (index * half, 0))
+    thumbnail.paste(widened(drawn_looks("object", inspection), THUMBNAIL_SIDE), (0, half))
+    return thumbnail
+
+
+def drawn_reliance(name: str, inspection: Inspection) -> np.ndarray:
+    picture, mask = eight_bits(inspection.edit.pictures), EXAMPLE[name].render()[1]
+    return draw_reliance(picture, inspection.reliance.numpy(), mask, inspection.edit.window)
+
+
+def drawn_looks(name: str, inspection: Inspection) -> np.ndarray:
+    return draw_looks(inspection, eight_bits(inspection.edit.pictures), EXAMPLE[name].render()[1])
+
+
+def widened(picture: np.ndarray, width: int) -> Image.Image:
+    """In another width, in its own proportions."""
+    height = round(picture.shape[0] * width / picture.shape[1])
+    return Image.fromarray(resize_lanczos(picture, (height, width)))
+
+
+def inspected(model: MimicBrush, name: str, **place) -> Inspection:
+    source, mask, reference = EXAMPLE[name].render()
+    use = ReferenceUse(model.encode_reference(reference))
+    return inspect_edit(model, batch(source), torch.from_numpy(mask)[None], [use], **place)
+
+
 # --- the mask tools ------------------------------------------------------------------------------------------
 
 
@@ -264,8 +326,11 @@ def examples() -> list[Panel]:
 
 def main() -> None:
     model = MimicBrush.load(embedded_model_path())
-    for name, panels in {**of_reference(model), **of_sampler(model), **of_depth(model), **of_masks(model)}.items():
+    with_model = (of_reference, of_sampler, of_depth, of_inspection, of_masks)
+    for name, panels in [entry for sheets in with_model for entry in sheets(model).items()]:
         write(name, panels)
+    save("correspondence", correspondence(model))
+    save("look_inside_an_edit", inspection_thumbnail(model), TEMPLATES)
     for name, panels in of_coarse_edit().items():
         write(name, panels)
     write("examples", examples(), tile=160)
