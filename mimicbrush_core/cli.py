@@ -42,7 +42,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--verbose", action="store_true", help="say what is being done")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    edit = commands.add_parser("edit", help="repaint the masked region of a picture like a reference")
+    edit = commands.add_parser(
+        "edit",
+        help="repaint the masked region of a picture like a reference",
+        description="Repaint the masked region of a picture like a reference, with MimicBrush or Paint by Example: "
+        "with which, the model file says.",
+    )
     edit.add_argument("source", help="the picture to edit")
     edit.add_argument("mask", help="white where to repaint; the picture's size")
     edit.add_argument("reference", help="a picture that shows what it should look like; any size")
@@ -53,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     edit.add_argument("--lora-strength", type=float, default=1.0, metavar="S", help="0: not at all (%(default)s)")
     _add_model_options(edit)
     _add_edit_options(edit)
+    _add_exemplar_options(edit)
     edit.set_defaults(run=_edit)
 
     demo = commands.add_parser("demo", help="edit example pictures with the embedded model; needs no download")
@@ -140,7 +146,11 @@ def _add_verify(commands) -> None:
 
 def _add_convert(commands) -> None:
     convert = commands.add_parser("convert", help="turn original files into one .safetensors that loads by itself")
-    convert.add_argument("source", help="the original's folder, mimicbrush.bin, or a single-file model")
+    convert.add_argument(
+        "source",
+        help="MimicBrush's folder or mimicbrush.bin; Paint by Example's diffusers folder or original checkpoint; "
+        "or a single-file model",
+    )
     convert.add_argument("-o", "--output", required=True, help="the .safetensors to write")
     convert.add_argument("--vae", help="VAE file or folder, where it is not in the source's folder")
     convert.add_argument("--depth", help="Depth Anything file or folder, where it is not in the source's folder")
@@ -186,16 +196,29 @@ def _add_edit_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="same seed, same picture, on every device (%(default)s)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
     parser.add_argument("--guidance", type=float, help="1 = off (default: the model's)")
-    parser.add_argument("--scheduler", help="ddim, euler, dpmpp_2m or unipc (default: the model's)")
+    parser.add_argument("--scheduler", help="ddim, euler, dpmpp_2m, unipc or plms (default: the model's)")
     parser.add_argument("--spacing", help="of its timesteps: leading, trailing, linspace or karras")
     parser.add_argument("--size", type=int, help="side the model works at (default: the model's)")
-    parser.add_argument("--weight", type=float, default=1.0, help="of the reference, 0 = none (%(default)s)")
-    parser.add_argument("--keep-shape", action="store_const", const=1.0, default=0.0, help="keep it, by its depth")
-    parser.add_argument("--shape-strength", dest="keep_shape", type=float, metavar="S", help="how strictly, 0 to 1")
+    # What one system alone knows has no default here, but in its settings: so it is seen whether it was given.
+    own = parser.add_argument_group("with MimicBrush", argument_default=argparse.SUPPRESS)
+    own.add_argument("--weight", type=float, help="of the reference, 0 = none (1.0)")
+    own.add_argument("--keep-shape", action="store_const", const=1.0, help="keep it, by its depth")
+    own.add_argument("--shape-strength", dest="keep_shape", type=float, metavar="S", help="how strictly, 0 to 1")
     parser.add_argument("--zoom", action="store_true", help="edit a window around the mask at full resolution")
     parser.add_argument("--margin", type=float, default=0.5, help="border of that window, relative (%(default)s)")
     parser.add_argument("--feather", type=int, default=10, help="pixels the edit fades out over (%(default)s)")
     parser.add_argument("--color-match", type=float, default=0.0, help="match colours at the seam, 0 to 1")
+
+
+def _add_exemplar_options(parser: argparse.ArgumentParser) -> None:
+    own = parser.add_argument_group("with Paint by Example", argument_default=argparse.SUPPRESS)
+    own.add_argument("--exemplar-fit", help="stretch, crop or pad the reference to a square (stretch)")
+    own.add_argument(
+        "--paste-back",
+        action="store_const",
+        const=True,
+        help="keep all beyond mask and feather as it is (default: as published, all comes from the model)",
+    )
 
 
 # --- commands ----------------------------------------------------------------------------------------------
@@ -214,14 +237,14 @@ def _edit(arguments: argparse.Namespace) -> None:
     mask = read_mask(arguments.mask)
     check_mask(mask, *source.rgb.shape[:2])
 
-    model = _load(arguments)
+    model, settings_type = _load_any(arguments)
     lora = None
     if arguments.lora:
         from .lora import load_lora
 
         load_lora(model.modules, arguments.lora, arguments.lora_strength)
         lora = {"file": Path(arguments.lora).name, "strength": arguments.lora_strength}
-    result = _run_edit(model, source.over_white(), mask, reference, _settings(arguments))
+    result = _run_edit(model, source.over_white(), mask, reference, _settings(arguments, settings_type))
     metadata = {
         "settings": asdict(result.settings),
         **({"lora": lora} if lora else {}),
@@ -235,6 +258,7 @@ def _edit(arguments: argparse.Namespace) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
+    from .editing import EditSettings
     from .examples import EXAMPLES
 
     folder = Path(arguments.output)
@@ -245,7 +269,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         source, mask, reference = example.render()
         for name, picture in (("source", source), ("mask", mask), ("reference", reference)):
             _save(folder / f"{example.name}-{name}.png", picture)
-        settings = _settings(arguments, keep_shape=arguments.keep_shape or float(example.keep_shape))
+        settings = _settings(arguments, EditSettings, keep_shape=float(example.keep_shape))
         result = _run_edit(model, source, mask, reference, settings, example.title)
         _save(folder / f"{example.name}-result.png", result.picture, {"settings": asdict(result.settings)})
         rows.append((source, mask, reference, result))
@@ -509,6 +533,37 @@ def _load(arguments: argparse.Namespace):
     return MimicBrush.load(arguments.model, device=device, dtype=dtype, vae=arguments.vae, depth=arguments.depth)
 
 
+_OWN_OPTIONS = {
+    "mimicbrush": {
+        "weight": "--weight",
+        "keep_shape": "--keep-shape and --shape-strength",
+        "lora": "--lora",
+        "depth": "--depth",
+    },
+    "paint-by-example": {"exemplar_fit": "--exemplar-fit", "paste_back": "--paste-back"},
+}
+"""System -> what of `edit` applies to it alone: the argument, and the options that give it."""
+
+
+def _load_any(arguments: argparse.Namespace):
+    """(the model, the class of its settings), of the system whose model file is given."""
+    from .checkpoints import open_model
+    from .editing import EditSettings
+    from .modules import MIMICBRUSH, PAINT_BY_EXAMPLE, TITLES
+    from .systems.paint_by_example import ExemplarSettings, PaintByExample
+
+    files = {"vae": arguments.vae, "depth": arguments.depth}
+    system = open_model(arguments.model, **files).config["system"] if arguments.model else MIMICBRUSH
+    for other in _OWN_OPTIONS.keys() - {system}:
+        for name, options in _OWN_OPTIONS[other].items():
+            if getattr(arguments, name, None) is not None:
+                raise ArgumentError(f"The model is {TITLES[system]}, which does not know {options}. Leave it out.")
+    if system != PAINT_BY_EXAMPLE:
+        return _load(arguments), EditSettings
+    device, dtype = _device_and_dtype(arguments)
+    return PaintByExample.load(arguments.model, device=device, dtype=dtype, vae=arguments.vae), ExemplarSettings
+
+
 def _device_and_dtype(arguments: argparse.Namespace):
     import torch
 
@@ -535,11 +590,10 @@ def _device(name: str) -> str:
     return name
 
 
-def _settings(arguments: argparse.Namespace, **changes):
-    from .systems.mimicbrush import EditSettings
-
-    names = {field.name for field in fields(EditSettings)} & vars(arguments).keys()
-    return EditSettings(**{name: getattr(arguments, name) for name in names} | changes)
+def _settings(arguments: argparse.Namespace, kind: type, **defaults):
+    """Settings of this class; defaults: where the arguments say nothing."""
+    names = {field.name for field in fields(kind)} & vars(arguments).keys()
+    return kind(**defaults | {name: getattr(arguments, name) for name in names})
 
 
 def _run_edit(model, source, mask, reference, settings, title: str = "edit"):

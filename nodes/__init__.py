@@ -7,10 +7,12 @@ from .coarse_edit import CoarseEditNode
 from .depth import DepthConditionNode
 from .examples import ExamplePictures
 from .files import ConvertMimicBrush, DownloadMimicBrush
-from .host import register_model_folder
+from .host import register_model_folders
+from .inspection import Correspondence, ReferenceReliance
 from .load import LoadMimicBrush
 from .mask_tools import BackgroundBlend, ChangeMask, MaskPrecision
 from .native import ImitativeModel
+from .paint_by_example import LoadPaintByExample, PaintByExampleNode
 from .reference import CombineReferences, EncodeReference
 from .sampler import ImitativeSampler
 
@@ -22,6 +24,10 @@ NODES: list[type[io.ComfyNode]] = [
     ImitativeSampler,
     AccelerationNode,
     ImitativeModel,
+    ReferenceReliance,
+    Correspondence,
+    LoadPaintByExample,
+    PaintByExampleNode,
     MaskPrecision,
     ChangeMask,
     BackgroundBlend,
@@ -31,7 +37,7 @@ NODES: list[type[io.ComfyNode]] = [
     ConvertMimicBrush,
 ]
 
-register_model_folder()
+register_model_folders()
 
 
 class MimicBrushExtension(ComfyExtension):

@@ -6,8 +6,11 @@ import os
 
 from comfy_api.latest import io, ui
 
+from ..mimicbrush_core.checkpoints import open_model
 from ..mimicbrush_core.convert import PRECISIONS, convert
+from ..mimicbrush_core.errors import ArgumentError
 from ..mimicbrush_core.hub import download, plan_download
+from ..mimicbrush_core.modules import TITLES
 from . import host
 from .schema import schema
 
@@ -74,16 +77,18 @@ class ConvertMimicBrush(io.ComfyNode):
             node_id="MimicBrushConvert",
             display_name="Convert MimicBrush",
             description=(
-                "Makes one .safetensors file in models/mimicbrush of the weights as published. Needed once; Load "
-                "MimicBrush lists the file after R is pressed."
+                "Makes one .safetensors file in models/mimicbrush of the weights as published, or in "
+                "models/paint_by_example of those for Paint by Example. Needed once; Load MimicBrush or Load Paint by "
+                "Example lists the file after R is pressed."
             ),
-            search_aliases=["mimicbrush", "convert weights", "safetensors"],
+            search_aliases=["mimicbrush", "convert weights", "safetensors", "paint by example"],
             is_output_node=True,
             inputs=[
                 io.String.Input(
                     "release",
                     default=RELEASE_FOLDER,
-                    tooltip="Name of the folder inside models/ that holds the files as published.",
+                    tooltip="Name of the folder inside models/ that holds the files as published; whose they are is "
+                    "recognised.",
                 ),
                 io.Combo.Input(
                     "precision",
@@ -93,7 +98,13 @@ class ConvertMimicBrush(io.ComfyNode):
                 ),
                 io.String.Input("name", default="mimicbrush", tooltip="Name of the new file, without ending."),
             ],
-            outputs=[io.String.Output("model_name", display_name="model name", tooltip="As Load MimicBrush lists it.")],
+            outputs=[
+                io.String.Output(
+                    "model_name",
+                    display_name="model name",
+                    tooltip="As Load MimicBrush or Load Paint by Example lists it.",
+                )
+            ],
         )
 
     @classmethod
@@ -103,11 +114,13 @@ class ConvertMimicBrush(io.ComfyNode):
     @classmethod
     def execute(cls, release, precision, name) -> io.NodeOutput:
         file_name = host.plain_name(name.removesuffix(host.EXTENSION)) + host.EXTENSION
-        folder = host.model_folder()
+        source = host.release_folder(release)
+        system = open_model(source).config["system"]
+        if system not in host.FOLDERS:
+            raise ArgumentError(f"{source} is {TITLES[system]}, for which there are no nodes to load it.")
+        folder = host.model_folder(system)
         os.makedirs(folder, exist_ok=True)
-        progress = host.TaskProgress()
-        written = convert(
-            host.release_folder(release), os.path.join(folder, file_name), precision=precision, on_progress=progress
-        )
+        output = os.path.join(folder, file_name)
+        written = convert(source, output, precision=precision, on_progress=host.TaskProgress())
         text = f"Wrote {written} ({written.stat().st_size / 1e9:.2f} GB), checked. Press R and choose it in Load."
         return io.NodeOutput(file_name, ui=ui.PreviewText(text))

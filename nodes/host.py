@@ -1,4 +1,4 @@
-"""What the nodes ask of ComfyUI: its model folder, its memory manager, its progress bar."""
+"""What the nodes ask of ComfyUI: its model folders, its memory manager, its progress bar."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from PIL import Image
 
 from ..mimicbrush_core.editing import Progress
 from ..mimicbrush_core.errors import ArgumentError
-from ..mimicbrush_core.systems.mimicbrush import MimicBrush
+from ..mimicbrush_core.modules import MIMICBRUSH, PAINT_BY_EXAMPLE
+from ..mimicbrush_core.repaint import Repainter
 
-FOLDER = "mimicbrush"
+FOLDERS = {MIMICBRUSH: "mimicbrush", PAINT_BY_EXAMPLE: "paint_by_example"}
+"""System -> the folder inside models/ for its converted files."""
+
 EXTENSION = ".safetensors"
 
 PREVIEW_SIDE = 512
@@ -26,33 +29,34 @@ PREVIEW_SHARE = 0.1
 # --- files ---------------------------------------------------------------------------------------------------
 
 
-def register_model_folder() -> None:
-    """Make `models/mimicbrush` known, beside what extra_model_paths.yaml gives; it lists only safetensors files."""
-    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
-    folders, extensions = folder_paths.folder_names_and_paths[FOLDER]
-    # A folder that only the yaml or the call above named has no extensions yet, which would list every file.
-    folder_paths.folder_names_and_paths[FOLDER] = (folders, {*extensions, EXTENSION})
+def register_model_folders() -> None:
+    """Make FOLDERS known, beside what extra_model_paths.yaml gives; they list only safetensors files."""
+    for name in FOLDERS.values():
+        folder_paths.add_model_folder_path(name, os.path.join(folder_paths.models_dir, name))
+        folders, extensions = folder_paths.folder_names_and_paths[name]
+        # A folder that only the yaml or the call above named has no extensions yet, which would list every file.
+        folder_paths.folder_names_and_paths[name] = (folders, {*extensions, EXTENSION})
 
 
-def model_files() -> list[str]:
-    return folder_paths.get_filename_list(FOLDER)
+def model_files(system: str) -> list[str]:
+    return folder_paths.get_filename_list(FOLDERS[system])
 
 
-def model_folder() -> str:
+def model_folder(system: str) -> str:
     """Where new model files go."""
-    return folder_paths.get_folder_paths(FOLDER)[0]
+    return folder_paths.get_folder_paths(FOLDERS[system])[0]
 
 
-def model_path(name: str) -> str:
-    return folder_paths.get_full_path_or_raise(FOLDER, name)
+def model_path(system: str, name: str) -> str:
+    return folder_paths.get_full_path_or_raise(FOLDERS[system], name)
 
 
 def release_folder(name: str) -> str:
-    """A folder for the files as published, beside the model folder so that its parts are not listed as models.
+    """A place for the files as published, beside the model folders so that its parts are not listed as models.
 
     `name` comes from a workflow and is not trusted: it must be one plain folder name.
     """
-    if plain_name(name) == FOLDER:
+    if plain_name(name) in FOLDERS.values():
         raise ArgumentError(f"The folder {name!r} holds converted models. Choose another name for these files.")
     return os.path.join(folder_paths.models_dir, name)
 
@@ -68,34 +72,33 @@ def plain_name(name: str) -> str:
 
 
 PART_GROUPS = {
-    "pictures": ("vae", "depth_projector"),
-    "image": ("image_encoder", "image_projection"),
-    "depth": ("depth_network",),
-    "unet": ("unet",),
-    "reference": ("reference_unet",),
+    MIMICBRUSH: {
+        "pictures": ("vae", "depth_projector"),
+        "image": ("image_encoder", "image_projection"),
+        "depth": ("depth_network",),
+        "unet": ("unet",),
+        "reference": ("reference_unet",),
+    },
+    PAINT_BY_EXAMPLE: {"pictures": ("vae",), "image": ("exemplar_encoder",), "unet": ("unet",)},
 }
 """Which parts go to the device together: modules that are not the manager's own must be on it or off it, whole."""
 
 
-class LoadedMimicBrush:
-    """A MimicBrush whose weights ComfyUI's memory manager moves; what a MIMICBRUSH_MODEL wire carries.
+class LoadedModel:
+    """A model whose weights ComfyUI's memory manager moves."""
 
-    native: ComfyUI's own MODEL of the same weights (`native_model`), made when it is first asked for.
-    """
-
-    def __init__(self, model: MimicBrush):
+    def __init__(self, model: Repainter):
         self.model = model
-        self.native: comfy.model_patcher.ModelPatcher | None = None
         device = comfy.model_management.get_torch_device()
         self.offload_device = comfy.model_management.unet_offload_device()
         self.patchers = {
             group: WholePatcher(
-                MimicBrushParts({name: getattr(model.modules, name) for name in names}), device, self.offload_device
+                ModelParts({name: getattr(model.modules, name) for name in names}), device, self.offload_device
             )
-            for group, names in PART_GROUPS.items()
+            for group, names in PART_GROUPS[model.system].items()
         }
 
-    def bring(self, *groups: str, size: int | None = None, pictures: int = 1) -> MimicBrush:
+    def bring(self, *groups: str, size: int | None = None, pictures: int = 1):
         """The model, with these groups on the device together and room for the work on `pictures` of `size`."""
         comfy.model_management.load_models_gpu(
             [self.patchers[group] for group in groups],
@@ -105,7 +108,16 @@ class LoadedMimicBrush:
         return self.model
 
 
-class MimicBrushParts(torch.nn.Module):
+class LoadedMimicBrush(LoadedModel):
+    """What a MIMICBRUSH_MODEL wire carries.
+
+    native: ComfyUI's own MODEL of the same weights (`native_model`), made when it is first asked for.
+    """
+
+    native: comfy.model_patcher.ModelPatcher | None = None
+
+
+class ModelParts(torch.nn.Module):
     """A plain module around models whose own `device` cannot be set, as the manager needs to."""
 
     def __init__(self, parts: dict[str, torch.nn.Module]):

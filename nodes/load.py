@@ -8,12 +8,36 @@ import torch
 from comfy_api.latest import io
 
 from ..mimicbrush_core.checkpoints import embedded_model_path
+from ..mimicbrush_core.modules import MIMICBRUSH
 from ..mimicbrush_core.systems.mimicbrush import MimicBrush
 from . import host
 from .schema import MODEL, check_choice, schema
 
 EMBEDDED = "embedded: MimicBrush small"
 PRECISIONS = ["auto", "fp16", "bf16", "fp32"]
+
+
+# --- what the nodes that load share ----------------------------------------------------------------------------
+
+
+def precision_input(note: str = ""):
+    """note: what its tooltip says beside."""
+    return io.Combo.Input(
+        "precision",
+        options=PRECISIONS,
+        default="auto",
+        tooltip="auto: half precision where the graphics card is good at it, else fp32. fp16 halves the "
+        "memory; bf16 is for cards that are faster in it; fp32 is the most exact." + note,
+    )
+
+
+def file_state(path: str) -> tuple:
+    """What is another once the file has changed."""
+    state = os.stat(path)
+    return state.st_mtime_ns, state.st_size
+
+
+# --- the node --------------------------------------------------------------------------------------------------
 
 
 class LoadMimicBrush(io.ComfyNode):
@@ -30,18 +54,11 @@ class LoadMimicBrush(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=[*host.model_files(), EMBEDDED],
+                    options=[*host.model_files(MIMICBRUSH), EMBEDDED],
                     tooltip="A .safetensors file in models/mimicbrush (made by Convert MimicBrush), or the small "
                     "embedded model.",
                 ),
-                io.Combo.Input(
-                    "precision",
-                    options=PRECISIONS,
-                    default="auto",
-                    tooltip="auto: half precision where the graphics card is good at it, else fp32. fp16 halves the "
-                    "memory; bf16 is for cards that are faster in it; fp32 is the most exact. The depth network "
-                    "always computes in fp32.",
-                ),
+                precision_input(note=" The depth network always computes in fp32."),
                 io.Boolean.Input(
                     "channels_last",
                     default=False,
@@ -75,20 +92,19 @@ class LoadMimicBrush(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, model_name) -> bool | str:
         # None: it comes over a wire and is not known yet.
-        if model_name is None or model_name == EMBEDDED or model_name in host.model_files():
+        if model_name is None or model_name == EMBEDDED or model_name in host.model_files(MIMICBRUSH):
             return True
+        folder = host.model_folder(MIMICBRUSH)
         return (
-            f"There is no model {model_name!r} in models/mimicbrush. Put the file into {host.model_folder()} (Download "
-            f"MimicBrush and Convert MimicBrush make it there), press R, and choose it; or choose {EMBEDDED!r}."
+            f"There is no model {model_name!r} in models/mimicbrush. Put the file into {folder} (Download MimicBrush "
+            f"and Convert MimicBrush make it there), press R, and choose it; or choose {EMBEDDED!r}."
         )
 
     @classmethod
     def fingerprint_inputs(cls, model_name, precision, **switches) -> tuple:
         if model_name is None:
             return ()  # it comes over a wire; the host looks at where it comes from
-        path = _path(model_name)
-        state = os.stat(path)
-        return model_name, precision, *switches.items(), state.st_mtime_ns, state.st_size
+        return model_name, precision, *switches.items(), *file_state(_path(model_name))
 
     @classmethod
     def execute(cls, model_name, precision, channels_last=False, vae_tiling=False, compiled=False) -> io.NodeOutput:
@@ -101,4 +117,4 @@ class LoadMimicBrush(io.ComfyNode):
 
 
 def _path(model_name: str) -> str:
-    return str(embedded_model_path()) if model_name == EMBEDDED else host.model_path(model_name)
+    return str(embedded_model_path()) if model_name == EMBEDDED else host.model_path(MIMICBRUSH, model_name)

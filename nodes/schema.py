@@ -9,6 +9,7 @@ from ..mimicbrush_core.errors import ArgumentError
 CATEGORY = "MimicBrush"
 
 MODEL = io.Custom("MIMICBRUSH_MODEL")  # host.LoadedMimicBrush
+EXEMPLAR_MODEL = io.Custom("PAINT_BY_EXAMPLE_MODEL")  # host.LoadedModel of a PaintByExample
 REFERENCE = io.Custom("MIMICBRUSH_REFERENCE")  # list of mimicbrush_core.references.ReferenceUse
 ACCELERATION = io.Custom("MIMICBRUSH_ACCELERATION")  # mimicbrush_core.acceleration.Acceleration
 DEPTH = io.Custom("MIMICBRUSH_DEPTH")  # mimicbrush_core.depth.DepthCondition

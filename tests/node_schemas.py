@@ -19,6 +19,7 @@ SHARED_FIELDS = (
 )
 
 EMBEDDED = "embedded: MimicBrush small"
+NO_FILE = "no file yet: see the help"
 
 
 def recorded() -> dict:
@@ -36,6 +37,7 @@ def reduced(object_info: dict) -> dict:
         for node_id, info in copy.deepcopy(object_info).items()
         if info["category"] == "MimicBrush" or node_id.startswith("MimicBrush")
     }
-    settings = nodes["MimicBrushLoad"]["input"]["required"]["model_name"][1]
-    settings["options"] = [name for name in settings["options"] if name == EMBEDDED]
+    for node, without_files in (("MimicBrushLoad", []), ("MimicBrushLoadPaintByExample", [NO_FILE])):
+        settings = nodes[node]["input"]["required"]["model_name"][1]
+        settings["options"] = [name for name in settings["options"] if name == EMBEDDED] or without_files
     return dict(sorted(nodes.items()))

@@ -7,8 +7,10 @@ import stat
 import numpy as np
 import pytest
 from PIL import Image
+from test_paint_by_example import WEIGHTS, tiny_config
 
 from mimicbrush_core.cli import main
+from mimicbrush_core.convert import convert
 from mimicbrush_core.examples import EXAMPLES
 from mimicbrush_core.images import save_png
 
@@ -204,6 +206,81 @@ def test_an_interrupted_edit_writes_nothing(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(MimicBrush, "decode", interrupt)
     assert edit(pictures, tmp_path / "out.png", "--steps", "1") == 130
     assert not (tmp_path / "out.png").exists()
+
+
+# -------------------- the system is that of the file
+
+
+@pytest.fixture(scope="module")
+def painter(tmp_path_factory):
+    """A small Paint by Example of random weights, as one file."""
+    config = tiny_config()
+    config["defaults"] |= {"size": 64, "steps": 2}
+    return str(convert(WEIGHTS, tmp_path_factory.mktemp("painter") / "tiny.safetensors", config=config))
+
+
+def test_edit_with_paint_by_example(pictures, tmp_path, painter):
+    output = tmp_path / "out.png"
+    assert (
+        edit(pictures, output, "--model", painter, "--exemplar-fit", "pad", "--grid", str(tmp_path / "grid.png")) == 0
+    )
+    with Image.open(output) as result:
+        note = json.loads(result.text["mimicbrush"])
+    assert (note["model"], note["settings"]["scheduler"]) == ("tiny", "plms")
+    assert note["settings"]["exemplar_fit"] == "pad" and not note["settings"]["paste_back"]
+    assert "weight" not in note["settings"] and (tmp_path / "grid.png").exists()
+
+
+def test_paint_by_example_pastes_back_when_asked(pictures, tmp_path, painter):
+    kept = []
+    for name, options in (("whole.png", []), ("pasted.png", ["--paste-back", "--feather", "0"])):
+        assert edit(pictures, tmp_path / name, "--model", painter, *options) == 0
+        source, mask, result = (
+            np.asarray(Image.open(path)) for path in (pictures / "source.png", pictures / "mask.png", tmp_path / name)
+        )
+        kept.append(np.array_equal(result[mask == 0], source[mask == 0]))
+        assert (result[mask > 0] != source[mask > 0]).any()
+    assert kept == [False, True]
+
+
+FOR_MIMICBRUSH = (["--weight", "1"], ["--keep-shape"], ["--shape-strength", "0.5"], ["--lora", "any.safetensors"])
+FOR_EXEMPLARS = (["--exemplar-fit", "crop"], ["--paste-back"])
+
+
+@pytest.mark.parametrize("options", FOR_MIMICBRUSH, ids=" ".join)
+def test_what_paint_by_example_does_not_know_is_refused_by_name(pictures, tmp_path, painter, capsys, options):
+    assert edit(pictures, tmp_path / "out.png", "--model", painter, *options) == SETTING
+    message = capsys.readouterr().err
+    assert "The model is Paint by Example" in message and options[0] in message
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_paint_by_example_knows_no_depth(pictures, tmp_path, painter, capsys):
+    for model in (painter, str(WEIGHTS)):
+        assert edit(pictures, tmp_path / "out.png", "--model", model, "--depth", "depth.pth") == SETTING
+        message = capsys.readouterr().err
+        assert "Paint by Example" in message and "depth" in message
+
+
+@pytest.mark.parametrize("options", FOR_EXEMPLARS, ids=" ".join)
+def test_what_mimicbrush_does_not_know_is_refused_by_name(pictures, tmp_path, capsys, options):
+    assert edit(pictures, tmp_path / "out.png", *options) == SETTING
+    message = capsys.readouterr().err
+    assert "The model is MimicBrush" in message and options[0] in message
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_an_unknown_exemplar_fit_is_refused(pictures, tmp_path, painter, capsys):
+    assert edit(pictures, tmp_path / "out.png", "--model", painter, "--exemplar-fit", "squash") == SETTING
+    assert "stretch, crop, pad" in capsys.readouterr().err
+
+
+def test_the_demo_is_for_mimicbrush(tmp_path, painter, capsys):
+    assert main(["demo", "-o", str(tmp_path / "demo"), "--model", painter, "--device", "cpu"]) == MODEL
+    assert "is Paint by Example; MimicBrush was expected" in capsys.readouterr().err
+
+
+# -------------------- the demo
 
 
 def test_demo_makes_every_example_and_a_sheet(tmp_path):

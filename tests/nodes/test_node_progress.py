@@ -10,7 +10,7 @@ from node_pictures import boxes, noise
 from node_schemas import EMBEDDED
 from PIL import Image
 
-from mimicbrush_core.modules import PART_NAMES
+from mimicbrush_core.modules import parts_of
 
 H, W = 72, 96
 SOURCE, MASK = noise(1, H, W), boxes(H, W, (20, 20))
@@ -165,9 +165,11 @@ def test_parts_are_brought_whole_and_with_room_for_the_work(host, sample, fresh)
     assert 50e6 < rooms[0] <= rooms[1] < rooms[2] and rooms[1] == rooms[3]
 
 
-def test_the_manager_knows_every_part_of_the_model(pack):
-    groups = pack.part("host").PART_GROUPS
-    assert sorted(name for names in groups.values() for name in names) == sorted(PART_NAMES)
+def test_the_manager_knows_every_part_of_every_system(pack):
+    host = pack.part("host")
+    assert host.PART_GROUPS.keys() == host.FOLDERS.keys() > {"mimicbrush"}
+    for system, groups in host.PART_GROUPS.items():
+        assert sorted(name for names in groups.values() for name in names) == sorted(parts_of({"system": system}))
 
 
 def test_nothing_of_a_model_stays_when_the_host_lets_its_wires_go(pack, host):

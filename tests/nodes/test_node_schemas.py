@@ -13,6 +13,16 @@ NODES = (
     "MimicBrushCombineReferences",
     "MimicBrushDepthCondition",
     "MimicBrushSampler",
+    "MimicBrushAcceleration",
+    "MimicBrushImitativeModel",
+    "MimicBrushReliance",
+    "MimicBrushCorrespondence",
+    "MimicBrushLoadPaintByExample",
+    "MimicBrushPaintByExample",
+    "MimicBrushMaskPrecision",
+    "MimicBrushChangeMask",
+    "MimicBrushBackgroundBlend",
+    "MimicBrushCoarseEdit",
     "MimicBrushExamplePictures",
     "MimicBrushDownload",
     "MimicBrushConvert",
@@ -50,7 +60,7 @@ def test_every_node_says_what_it_is(node):
     info = recorded()[node]
     assert info["category"] == "MimicBrush" and node.startswith("MimicBrush")
     assert info["display_name"] and len(info["description"]) > 40
-    assert info["output_node"] == (node in ("MimicBrushDownload", "MimicBrushConvert"))
+    assert info["output_node"] == (node in ("MimicBrushDownload", "MimicBrushConvert", "MimicBrushCoarseEdit"))
 
 
 @pytest.mark.parametrize("node", NODES)
