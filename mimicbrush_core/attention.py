@@ -1,4 +1,4 @@
-"""Reading a reference inside self-attention.
+"""Reading a reference: merged into self-attention (MimicBrush), or as all of cross-attention (Magic Fixup).
 
 The imitative U-Net's middle and upper self-attentions look at the picture's own tokens and at the
 reference's tokens. With `o_s, l_s` the attention output and log-sum-exp over the picture's own tokens and
@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -39,19 +40,20 @@ class ReferenceFeatures:
     weight: float = 1.0
 
 
-def reading_blocks(unet: nn.Module) -> dict[str, nn.Module]:
-    """The transformer blocks that write and read reference features, by name, in order of execution.
-
-    They are all blocks of the middle and of the upper path ("midup" in the original); the i-th reader is
-    paired with the writer of the same name.
-    """
-    blocks = {
-        name: module
-        for name, module in unet.named_modules()
-        if name.startswith(("mid_block.", "up_blocks.")) and hasattr(module, "attn1")
-    }
+def transformer_blocks(unet: nn.Module) -> dict[str, nn.Module]:
+    """All transformer blocks by name, in order of execution; a reader is paired with the writer of the same name."""
+    blocks = {name: module for name, module in unet.named_modules() if hasattr(module, "attn1")}
     # The middle block is registered after the upper blocks but runs before them.
-    return dict(sorted(blocks.items(), key=lambda item: not item[0].startswith("mid_block.")))
+    paths = ("down_blocks", "mid_block", "up_blocks")
+    return dict(sorted(blocks.items(), key=lambda item: paths.index(item[0].split(".")[0])))
+
+
+def reading_blocks(unet: nn.Module) -> dict[str, nn.Module]:
+    """The transformer blocks that write and read MimicBrush's reference features, by name, in order of execution.
+
+    They are all blocks of the middle and of the upper path ("midup" in the original).
+    """
+    return {name: block for name, block in transformer_blocks(unet).items() if not name.startswith("down_blocks.")}
 
 
 # --- attention that also returns its log-sum-exp ---------------------------------------------------------
@@ -256,6 +258,35 @@ class _ReadingProcessor:
             value = split_heads(attn.to_v(bank), attn.heads).expand(rows, -1, -1, -1)
             result.append((key, value, reference.weight))
         return result
+
+
+class DetailReading:
+    """While entered, all cross-attentions of `unet` look at `features` instead of at tokens (Magic Fixup).
+
+    features: {block name: [B,N,C]} of the detail extractor, replaced by the caller before each step; the reader
+        projects them with its own keys and values.
+
+    Leaving the context, by whatever way, takes the hooks off and lets the features go.
+    """
+
+    def __init__(self, unet: nn.Module):
+        self._blocks = transformer_blocks(unet)
+        self._hooks: list = []
+        self.features: dict[str, Tensor] = {}
+
+    def __enter__(self) -> DetailReading:
+        for name, block in self._blocks.items():
+            look = partial(self._look, name)
+            self._hooks.append(block.attn2.register_forward_pre_hook(look, with_kwargs=True))
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+        self.features = {}
+
+    def _look(self, name: str, _attention, arguments: tuple, named: dict) -> tuple[tuple, dict]:
+        return arguments, {**named, "encoder_hidden_states": self.features[name]}
 
 
 def split_heads(tokens: Tensor, heads: int) -> Tensor:

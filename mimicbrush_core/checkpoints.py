@@ -5,7 +5,8 @@ These layouts are read:
 * of every system one `.safetensors` file that holds every part and, in its header, the configuration;
 * of MimicBrush the original release: `mimicbrush.bin` plus a VAE and Depth Anything in files of their own. Nothing
   else of it is needed: the base U-Nets are overwritten by `mimicbrush.bin`;
-* of Paint by Example the published diffusers folder, and the original checkpoint.
+* of Paint by Example the published diffusers folder, and the original checkpoint;
+* of Magic Fixup the original checkpoint.
 
 The configurations of published models are bundled here.
 """
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from . import keys
 from .errors import ArgumentError, ModelFileError
 from .modules import (
+    MAGIC_FIXUP,
     MIMICBRUSH,
     MODULES,
     PAINT_BY_EXAMPLE,
@@ -39,6 +41,7 @@ from .recognition import (
     DEPTH,
     EXEMPLAR_CHECKPOINT,
     EXEMPLAR_ENCODER,
+    FIXUP_CHECKPOINT,
     SD_INPAINT_UNET,
     UNKNOWN,
     VAE,
@@ -93,6 +96,7 @@ CONFIG_VERSION = 1
 CONFIG_SECTIONS = {
     MIMICBRUSH: ("unet", "image_encoder", "depth_projector", "depth_network", "vae", "scheduler", "defaults"),
     PAINT_BY_EXAMPLE: ("unet", "exemplar_encoder", "vae", "scheduler", "defaults"),
+    MAGIC_FIXUP: ("unet", "vae", "scheduler", "defaults"),
 }
 
 EXEMPLAR_FOLDERS = {
@@ -102,8 +106,11 @@ EXEMPLAR_FOLDERS = {
 }
 """Part of Paint by Example -> its folder in the diffusers layout, and the weight file in there."""
 
-EXEMPLAR_MAPPER = "cond_stage_model.mapper."
-"""What only the keys of the original checkpoint begin with."""
+PICKLED_CHECKPOINTS = {
+    keys.LDM_EXTRACTOR_PREFIX: FIXUP_CHECKPOINT,  # which has such a mapper, too
+    "cond_stage_model.mapper.": EXEMPLAR_CHECKPOINT,
+}
+"""What keys of a checkpoint begin with -> what it is, the first that fits."""
 
 EXEMPLAR_SOURCE = (
     "The original checkpoint of Paint by Example keeps the state of its training, which needs code. Take "
@@ -129,7 +136,7 @@ def load_modules(
     """Load a model on the CPU; returns its modules (the depth network always float32) and configuration.
 
     path: a single-file model; `mimicbrush.bin`, or the folder of the original release; the diffusers folder or the
-        original checkpoint of Paint by Example.
+        original checkpoint of Paint by Example; the original checkpoint of Magic Fixup.
     vae, depth: files or folders to use instead of the release's own: a diffusers VAE folder or a single-file
         SD-1.5 VAE; an official Depth Anything file or a transformers folder.
     config: for original files of other sizes than SD-1.5's.
@@ -182,22 +189,31 @@ def open_model(
     if file is not None and METADATA_KEY in file.metadata:
         source = SingleFile(file)
     elif is_exemplar(path):
-        if depth is not None:
-            raise ArgumentError(f"{path} is Paint by Example, which knows no depth. Leave the depth network out.")
         source = ExemplarFiles(path, vae, config)
+    elif is_fixup(path):
+        source = FixupFiles(path, vae, config)
     elif file is not None:
         source = SingleFile(file)  # which says what else it is
     elif system in (None, MIMICBRUSH):
         source = OriginalFiles(path, vae, depth, config)
     else:
         raise ModelFileError(
-            f"{path} is no {TITLES[system]}: its diffusers folder (with unet, vae and image_encoder), its original "
-            "checkpoint or a converted file was expected. `mimicbrush verify` tells what this is."
+            f"{path} is no {TITLES[system]}: {_EXPECTED[system]} or a converted file was expected. `mimicbrush "
+            "verify` tells what this is."
         )
+    if depth is not None and isinstance(source, CheckpointFiles):
+        found = TITLES[source.config["system"]]
+        raise ArgumentError(f"{path} is {found}, which knows no depth. Leave the depth network out.")
     if system not in (None, source.config["system"]):
         found = TITLES[source.config["system"]]
         raise ModelFileError(f"{path} is {found}; {TITLES[system]} was expected. Choose another file.")
     return source
+
+
+_EXPECTED = {
+    PAINT_BY_EXAMPLE: "its diffusers folder (with unet, vae and image_encoder), its original checkpoint",
+    MAGIC_FIXUP: "its original checkpoint",
+}
 
 
 def config_for(system: str, given: dict | None) -> dict:
@@ -373,7 +389,7 @@ def _find_original(path: Path, vae, depth) -> tuple[Path, Path, Path]:
     return found["checkpoint"], found["vae"], found["depth"]
 
 
-# --- Paint by Example --------------------------------------------------------------------------------------
+# --- Paint by Example, Magic Fixup -------------------------------------------------------------------------
 
 
 def is_exemplar(path: Path) -> bool:
@@ -384,13 +400,40 @@ def is_exemplar(path: Path) -> bool:
             return True
         whole = all((path / folder).is_dir() for folder, _ in EXEMPLAR_FOLDERS.values())
         return whole and first_existing(path, ORIGINAL_FILES["checkpoint"]) is None
-    kind = file_format(path)
-    if kind == SAFETENSORS:
-        return recognise(read_tensors(path)) is EXEMPLAR_CHECKPOINT
-    return kind == ZIP_PICKLE and pickle_mentions(path, EXEMPLAR_MAPPER)
+    return _checkpoint_kind(path) is EXEMPLAR_CHECKPOINT
 
 
-class ExemplarFiles(PublishedFiles):
+def is_fixup(path: Path) -> bool:
+    """Whether this is Magic Fixup as published, by what it holds."""
+    return not is_folder(path) and _checkpoint_kind(path) is FIXUP_CHECKPOINT
+
+
+def _checkpoint_kind(path: Path) -> Kind:
+    """What a checkpoint is, without running anything of a pickle and without reading weights."""
+    stored = file_format(path)
+    if stored == SAFETENSORS:
+        return recognise(read_tensors(path))
+    mentioned = (kind for text, kind in PICKLED_CHECKPOINTS.items() if pickle_mentions(path, text))
+    return next(mentioned, UNKNOWN) if stored == ZIP_PICKLE else UNKNOWN
+
+
+class CheckpointFiles(PublishedFiles):
+    """A published model all of whose parts are in one checkpoint, but for those with files of their own."""
+
+    def _take_vae(self, vae) -> None:
+        """A VAE of its own instead of the checkpoint's; None: leave it."""
+        if vae is not None:
+            self.files["vae"] = weight_file(vae, VAE_FILES)
+            self.config = {**self.config, "vae": vae_config(vae, self.config["vae"])}
+
+    def file_of(self, part: str) -> Path:
+        return self.files[part if part in self.files else "checkpoint"]
+
+    def close(self) -> None:
+        """Nothing is kept open between parts."""
+
+
+class ExemplarFiles(CheckpointFiles):
     """Paint by Example as published: the diffusers folder, with a file for each part, or the original checkpoint."""
 
     def __init__(self, path: Path, vae, config: dict | None):
@@ -406,15 +449,7 @@ class ExemplarFiles(PublishedFiles):
         else:
             self.files = {"checkpoint": path}
         self.config = config_for(PAINT_BY_EXAMPLE, config)
-        if vae is not None:
-            self.files["vae"] = weight_file(vae, VAE_FILES)
-            self.config = {**self.config, "vae": vae_config(vae, self.config["vae"])}
-
-    def file_of(self, part: str) -> Path:
-        return self.files[part if part in self.files else "checkpoint"]
-
-    def close(self) -> None:
-        """Nothing is kept open between parts."""
+        self._take_vae(vae)
 
     def state(self, part: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of one part under the names of `like`, memory-mapped where the format allows it."""
@@ -422,7 +457,30 @@ class ExemplarFiles(PublishedFiles):
         return exemplar_state(read_content(path), part, self.config, like, path)
 
 
-Source = SingleFile | OriginalFiles | ExemplarFiles
+class FixupFiles(CheckpointFiles):
+    """Magic Fixup as published: the original checkpoint."""
+
+    def __init__(self, path: Path, vae, config: dict | None):
+        self.files = {"checkpoint": path}
+        self.config = config_for(MAGIC_FIXUP, config)
+        self._take_vae(vae)
+
+    def state(self, part: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of one part under the names of `like`, memory-mapped where the format allows it."""
+        if part in self.files:
+            return vae_state(self.files[part], self.config["vae"])
+        state, layers = unwrapped(read_tensors(self.files["checkpoint"])), self.config["unet"]["layers_per_block"]
+        if part == "unet":
+            return keys.synthesizer_keys(state, layers)
+        if part == "detail_extractor":
+            return keys.detail_extractor_keys(state, layers, like)
+        return _vae_keys(state, self.config["vae"])
+
+
+CHECKPOINT_FILES = {EXEMPLAR_CHECKPOINT: ExemplarFiles, FIXUP_CHECKPOINT: FixupFiles}
+"""What an original checkpoint is -> what reads it."""
+
+Source = SingleFile | OriginalFiles | ExemplarFiles | FixupFiles
 """The files of a model in any layout."""
 
 
@@ -431,7 +489,7 @@ def read_content(path: Path) -> dict:
     try:
         return read_tensors(path)
     except ModelFileError as error:
-        if file_format(path) == ZIP_PICKLE and pickle_mentions(path, EXEMPLAR_MAPPER):
+        if file_format(path) == ZIP_PICKLE and _checkpoint_kind(path) is EXEMPLAR_CHECKPOINT:
             raise ModelFileError(f"{error} {EXEMPLAR_SOURCE}") from error
         raise
 

@@ -235,10 +235,19 @@ def _reduce_deep_grey(values: np.ndarray, path: Path, role: str) -> np.ndarray:
 
 
 def picture_from_array(array: np.ndarray | torch.Tensor, role: str) -> np.ndarray:
-    """Check a caller's picture and return it as uint8 `[H, W, 3]`.
+    """Check a caller's picture and return it as uint8 `[H, W, 3]`; a transparent one is laid on white.
+
+    `array` and errors: as for `layer_from_array`.
+    """
+    layer = layer_from_array(array, role)
+    return Picture(layer[..., :3], layer[..., 3]).over_white().copy()
+
+
+def layer_from_array(array: np.ndarray | torch.Tensor, role: str) -> np.ndarray:
+    """Check a caller's picture and return it with its transparency as uint8 `[H, W, 4]`, opaque where it has none.
 
     `array`: NumPy array or tensor, uint8 0..255 or floating point 0..1 (off by at most 1e-3, then clipped;
-    rounded to 8 bits), shaped `[H, W, 3]`, `[H, W, 4]` (laid on white), `[H, W, 1]` or `[H, W]` (grey).
+    rounded to 8 bits), shaped `[H, W, 3]`, `[H, W, 4]`, `[H, W, 1]` or `[H, W]` (grey).
     Raises PictureError for another type, dtype or shape, NaN or infinity, values out of range, and sides
     outside `MIN_SIDE`..`MAX_SIDE`.
     """
@@ -249,8 +258,8 @@ def picture_from_array(array: np.ndarray | torch.Tensor, role: str) -> np.ndarra
         values = values[..., None]
     if values.shape[2] == 1:
         values = np.repeat(values, 3, axis=2)
-    if values.shape[2] == 4:
-        return Picture(values[..., :3], values[..., 3]).over_white().copy()
+    if values.shape[2] == 3:
+        values = np.concatenate([values, np.full_like(values[..., :1], 255)], axis=2)
     return np.array(values, order="C")
 
 

@@ -243,6 +243,33 @@ def _up(index: int, rest: str, layers: int) -> str:
     return f"up_blocks.{level}.{('resnets', 'attentions')[int(module)]}.{layer}.{name}"
 
 
+LDM_EXTRACTOR_PREFIX = "model.reference_model."
+"""What the keys of Magic Fixup's detail extractor begin with, and no other system's."""
+
+
+def synthesizer_keys(state: Mapping[str, Tensor], layers_per_block: int) -> State:
+    """Magic Fixup's synthesizer, of its LDM checkpoint -> UNet2DConditionModel.
+
+    Its third attention, to the details, takes the place of the second, to a text it never reads; `merge_attentions`
+    is never run.
+    """
+    return {
+        key.replace(".attn3.", ".attn2."): value
+        for key, value in ldm_unet_keys(state, layers_per_block).items()
+        if ".merge_attentions" not in key and ".attn2." not in key
+    }
+
+
+def detail_extractor_keys(state: Mapping[str, Tensor], layers_per_block: int, like: Mapping[str, Tensor]) -> State:
+    """Magic Fixup's detail extractor, of its LDM checkpoint -> `like`.
+
+    It has all that the synthesizer has, and what `like` lacks of that is never run: the attentions to anything but
+    itself, and what follows the last feature.
+    """
+    mapped = ldm_unet_keys(state, layers_per_block, LDM_EXTRACTOR_PREFIX)
+    return {key: value for key, value in mapped.items() if key in like}
+
+
 def is_ldm_unet(state: Mapping[str, Tensor]) -> bool:
     """Whether a U-Net lies here under LDM's names rather than diffusers'."""
     return any(key.startswith(LDM_UNET_PREFIX) for key in state)

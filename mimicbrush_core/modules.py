@@ -18,7 +18,7 @@ from transformers import (
     Dinov2Config,
 )
 
-from .attention import reading_blocks
+from .attention import reading_blocks, transformer_blocks
 from .depth import DepthProjector
 from .encoders import ImageProjection
 from .errors import ModelFileError
@@ -54,13 +54,30 @@ class ExemplarModules(Parts):
     vae: nn.Module
 
 
-MIMICBRUSH, PAINT_BY_EXAMPLE = "mimicbrush", "paint-by-example"
+@dataclass
+class FixupModules(Parts):
+    """The networks of one Magic Fixup."""
+
+    unet: nn.Module  # synthesizer, 9 input channels; its cross-attentions are as wide as their blocks
+    detail_extractor: nn.Module  # 9 input channels, no cross-attentions, without what follows its last bank
+    vae: nn.Module
+
+
+MIMICBRUSH, PAINT_BY_EXAMPLE, MAGIC_FIXUP = "mimicbrush", "paint-by-example", "magic-fixup"
 """Systems, as a configuration's `system` names them."""
 
-TITLES = {MIMICBRUSH: "MimicBrush", PAINT_BY_EXAMPLE: "Paint by Example"}
+TITLES = {MIMICBRUSH: "MimicBrush", PAINT_BY_EXAMPLE: "Paint by Example", MAGIC_FIXUP: "Magic Fixup"}
 
-MODULES: dict[str, type[Parts]] = {MIMICBRUSH: Modules, PAINT_BY_EXAMPLE: ExemplarModules}
-PUBLISHED_CONFIG = {MIMICBRUSH: "mimicbrush_sd15", PAINT_BY_EXAMPLE: "paint_by_example"}
+MODULES: dict[str, type[Parts]] = {
+    MIMICBRUSH: Modules,
+    PAINT_BY_EXAMPLE: ExemplarModules,
+    MAGIC_FIXUP: FixupModules,
+}
+PUBLISHED_CONFIG = {
+    MIMICBRUSH: "mimicbrush_sd15",
+    PAINT_BY_EXAMPLE: "paint_by_example",
+    MAGIC_FIXUP: "magic_fixup",
+}
 """System -> the bundled configuration of the published model."""
 
 
@@ -141,6 +158,14 @@ def _build_unet(config: dict) -> nn.Module:
 def _build_reference_unet(config: dict) -> nn.Module:
     unet = UNet2DConditionModel(**{**config["unet"], "in_channels": 4})
     drop_tail(unet)
+    return unet
+
+
+def _build_detail_extractor(config: dict) -> nn.Module:
+    unet = UNet2DConditionModel(**config["unet"])
+    drop_tail(unet)
+    for block in transformer_blocks(unet).values():
+        block.attn2 = block.norm2 = None  # a block without cross-attention, which diffusers has no setting for
     return unet
 
 
@@ -230,6 +255,7 @@ def _build_vae(config: dict) -> nn.Module:
 _BUILDERS = {
     "unet": _build_unet,
     "reference_unet": _build_reference_unet,
+    "detail_extractor": _build_detail_extractor,
     "image_encoder": _build_image_encoder,
     "exemplar_encoder": _build_exemplar_encoder,
     "image_projection": _build_image_projection,

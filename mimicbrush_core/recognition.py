@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .modules import MIMICBRUSH, MODULES, PAINT_BY_EXAMPLE, parts_of
+from .keys import LDM_EXTRACTOR_PREFIX
+from .modules import MAGIC_FIXUP, MIMICBRUSH, MODULES, PAINT_BY_EXAMPLE, parts_of
 
 OPENRAIL = "CreativeML OpenRAIL-M where it is the published one; fine-tunes may add terms: see docs/licences.md"
 UNKNOWN_LICENCE = "unknown; see where the file comes from"
@@ -64,6 +65,14 @@ EXEMPLAR_ENCODER = _exemplar(
     "It is one part of a model; give the folder that has unet, vae and image_encoder, or a converted file.",
 )
 
+
+def _fixup(name: str, title: str, use: str = MODEL, hint: str = "") -> Kind:
+    return Kind(name, title, use, "Adobe Research License: non-commercial research only; see docs/licences.md", hint)
+
+
+FIXUP_FILE = _fixup("magic-fixup", "Magic Fixup, converted to one file")
+FIXUP_CHECKPOINT = _fixup("magic-fixup-original", "Magic Fixup, original checkpoint")
+
 _HEADER_HINT = "Another program saved it again and dropped the header. Convert the original files again."
 _HEADERLESS_TITLE = "{} tensors without the configuration in the header"
 HEADERLESS = {
@@ -71,10 +80,11 @@ HEADERLESS = {
     PAINT_BY_EXAMPLE: _exemplar(
         "paint-by-example-headerless", _HEADERLESS_TITLE.format("Paint by Example"), NOTHING, _HEADER_HINT
     ),
+    MAGIC_FIXUP: _fixup("magic-fixup-headerless", _HEADERLESS_TITLE.format("Magic Fixup"), NOTHING, _HEADER_HINT),
 }
 """System -> its converted file, saved again by another program."""
 
-SINGLE_FILES = {MIMICBRUSH: SINGLE_FILE, PAINT_BY_EXAMPLE: EXEMPLAR_FILE}
+SINGLE_FILES = {MIMICBRUSH: SINGLE_FILE, PAINT_BY_EXAMPLE: EXEMPLAR_FILE, MAGIC_FIXUP: FIXUP_FILE}
 """System -> what its converted file is."""
 
 _VAE_LICENCE = "as the Stable Diffusion 1.x it is of (CreativeML OpenRAIL-M); sd-vae-ft-mse: MIT; see docs/licences.md"
@@ -115,14 +125,7 @@ SMARTBRUSH_UNET = Kind(
     "U-Net of SmartBrush (5 channels)",
     NOTHING,
     UNKNOWN_LICENCE,
-    "This version runs MimicBrush and Paint by Example.",
-)
-MAGIC_FIXUP = Kind(
-    "magic-fixup",
-    "Magic Fixup",
-    NOTHING,
-    "Adobe Research License: non-commercial research only; see docs/licences.md",
-    "This version runs MimicBrush and Paint by Example.",
+    "This version runs MimicBrush, Paint by Example and Magic Fixup.",
 )
 DEPTH_OFFICIAL = Kind(
     "depth-anything",
@@ -198,8 +201,8 @@ def _system_of(state: Mapping) -> Kind | None:
         parts = parts_of({"system": system})
         if {key.split(".")[0] for key in state} <= set(parts) and _has(state, *(f"{part}." for part in parts[:2])):
             return HEADERLESS[system]
-    if _has(state, "model.reference_model."):
-        return MAGIC_FIXUP
+    if _has(state, LDM_EXTRACTOR_PREFIX):
+        return FIXUP_CHECKPOINT
     if _has(state, "cond_stage_model.mapper."):
         return EXEMPLAR_CHECKPOINT
     if "uncond_vector" in state:

@@ -48,22 +48,30 @@ class _WritingProcessor:
         return self.processor(attn, hidden_states, *args, **kwargs)
 
 
-def write_features(reference_unet: nn.Module, latents: Tensor, timesteps: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-    """Run the reference U-Net and return the self-attention inputs of its middle and upper blocks.
+def write_features(
+    reference_unet: nn.Module,
+    latents: Tensor,
+    timesteps: Tensor,
+    tokens: Tensor | None,
+    blocks_of: Callable[[nn.Module], dict[str, nn.Module]] = reading_blocks,
+) -> dict[str, Tensor]:
+    """Run a reference U-Net and return the self-attention inputs of `blocks_of` it, by default the middle and upper.
 
-    latents [B,4,h,w] clean and scaled, timesteps [B], tokens [B,T,D] (within `KeptTokens` [1,T,D] serve all)
-    ->  {block name: [B,M,C]}. Inputs are cast to the U-Net's precision. The U-Net stops after its last bank, so its
-    tail (24 tensors for SD-1.5) is never used.
+    latents [B,C,h,w]: all input channels (MimicBrush: 4, clean and scaled); timesteps [B]; tokens [B,T,D] (within
+    `KeptTokens` [1,T,D] serve all), None for a U-Net without cross-attention  ->  {block name: [B,M,C]}. Inputs are
+    cast to the U-Net's precision. The U-Net stops after its last bank, so its tail (24 tensors for SD-1.5) is never
+    used.
     """
     dtype = next(reference_unet.parameters()).dtype
-    blocks = reading_blocks(reference_unet)
+    tokens = None if tokens is None else tokens.to(dtype)
+    blocks = blocks_of(reference_unet)
     last_name = list(blocks)[-1]
     own_processors = {name: block.attn1.processor for name, block in blocks.items()}
     banks: dict[str, Tensor] = {}
     try:
         for name, block in blocks.items():
             block.attn1.set_processor(_WritingProcessor(name, banks, own_processors[name], last=name == last_name))
-        reference_unet(latents.to(dtype), timesteps, encoder_hidden_states=tokens.to(dtype))
+        reference_unet(latents.to(dtype), timesteps, encoder_hidden_states=tokens)
     except _AllWritten:
         pass
     finally:

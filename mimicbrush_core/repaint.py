@@ -21,7 +21,7 @@ from .editing import BatchResult, EditResult, Progress, RepaintSettings, Reporte
 from .encoders import decode_latents, encode_latents
 from .errors import ArgumentError
 from .modules import Parts
-from .sampling import initial_noise, make_scheduler
+from .sampling import Draw, SeededDraws, make_scheduler
 
 PREVIEW_LATENT_SIDE = 32
 
@@ -42,12 +42,12 @@ class Work:
     """How the pictures of one call are repainted.
 
     condition(index, part, mask): of picture number `index`, whose window is `part` uint8 [h,w,3], its mask [h,w].
-    sample(condition, noise [B,4,h,w], scheduler, report) -> latents [B,4,h,w].
+    sample(condition, draw, scheduler, report) -> latents [B,4,h,w]; all its randomness is drawn from `draw`.
     features: how many features of references are written ahead in the course of it.
     """
 
     condition: Callable[[int, np.ndarray, np.ndarray], Condition]
-    sample: Callable[[Condition, Tensor, object, Reporter], Tensor]
+    sample: Callable[[Condition, Draw, object, Reporter], Tensor]
     features: int = 0
 
 
@@ -209,18 +209,17 @@ class Repainter:
         latent_shape = (self.config["vae"]["latent_channels"], side, side)
         for chunk in chunks:
             conditions = [work.condition(index, parts[index], part_masks[index]) for index in chunk]
-            noise = initial_noise([seeds[index] for index in chunk], latent_shape)
-            latents = work.sample(conditions[0].of(conditions), noise, self._scheduler(settings), report)
+            draw = SeededDraws([seeds[index] for index in chunk], latent_shape)
+            latents = work.sample(conditions[0].of(conditions), draw, self._scheduler(settings), report)
             for index, latent in zip(chunk, latents.split(1), strict=True):  # the decoder needs the most memory
-                raw = _fitted(self.decode(latent)[0], *parts[index].shape[:2])
+                raw = self._fitted(self.decode(latent)[0], *parts[index].shape[:2])
                 answers[index] = editing.color_matched(raw, parts[index], part_masks[index], settings)
         return answers
 
-
-def _fitted(square: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The model's square answer -> uint8 [height,width,3]: scaled to the long side, padding cropped."""
-    side = max(height, width)
-    return images.crop_padding(images.resize_bilinear(square, side, side), height, width)
+    def _fitted(self, square: np.ndarray, height: int, width: int) -> np.ndarray:
+        """The model's square answer -> uint8 [height,width,3]: scaled to the long side, padding cropped."""
+        side = max(height, width)
+        return images.crop_padding(images.resize_bilinear(square, side, side), height, width)
 
 
 def device_of(module: torch.nn.Module) -> torch.device:

@@ -70,7 +70,7 @@ def make_scheduler(
     name: of SCHEDULERS, or PLMS, which knows no Karras spacing and no zero terminal SNR.
 
     Raises ArgumentError for an unknown name, a step count or list value out of range, a list that does not
-    descend, or what PLMS does not know.
+    descend, what PLMS does not know, or a start in pure noise where the model predicts noise.
     """
     classes = {**SCHEDULERS, PLMS: PNDMScheduler}
     if name not in classes:
@@ -86,6 +86,7 @@ def make_scheduler(
             _check_plms(config, spacing)
         scheduler = _build(*_spaced(classes[name], config, spacing))
         scheduler.set_timesteps(steps)
+        _check_start(scheduler)
         if hasattr(scheduler, "set_begin_index"):
             # Left alone, it is looked up by the first timestep, and Karras spacing rounds the first two to the same.
             scheduler.set_begin_index(0)
@@ -118,6 +119,16 @@ def _check_plms(config: dict, spacing: str | None) -> None:
         raise ArgumentError(f"The scheduler {PLMS!r} does not know {unknown}. Choose one of: {', '.join(SCHEDULERS)}.")
 
 
+def _check_start(scheduler) -> None:
+    """Under zero terminal SNR nothing of the picture is left at the last timestep: a noise says nothing there."""
+    first = round(float(scheduler.timesteps[0]))
+    if scheduler.config.prediction_type == "epsilon" and scheduler.alphas_cumprod[first] == 0:
+        raise ArgumentError(
+            f"These steps begin at timestep {first}, which is nothing but noise in this model's noise schedule (zero "
+            "terminal SNR). Choose the spacing 'leading' and fewer than 500 steps."
+        )
+
+
 def _spaced(scheduler_class, config: dict, spacing: str | None) -> tuple[type, dict]:
     if spacing is None:
         return scheduler_class, config
@@ -139,12 +150,34 @@ def _shorten(values: list) -> str:
     return repr(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...]"
 
 
-def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
-    """Standard normal noise, one seed per picture, [len(seeds), *shape] in float32 on the CPU.
+Draw = Callable[[], Tensor]
+"""draw() -> the next standard normal noise of a run, [B,4,h,w]: `SeededDraws`, or recorded ones again."""
+
+
+class SeededDraws:
+    """Standard normal noise, one seed per picture, each call [len(seeds), *shape] in float32 on the CPU.
 
     Drawn per picture and on the CPU, so a seed means the same noise on every device and in any batch.
     """
-    return torch.stack([torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
+
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int]):
+        self._generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        self._shape = shape
+
+    def __call__(self) -> Tensor:
+        return torch.stack([torch.randn(self._shape, generator=generator) for generator in self._generators])
+
+
+def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
+    """The first of `SeededDraws`."""
+    return SeededDraws(seeds, shape)()
+
+
+def last_steps(scheduler: DDIMScheduler, share: float) -> DDIMScheduler:
+    """The scheduler with the last `share`, 0..1, of its steps only, at least one: to start from noised latents."""
+    count = max(1, round(share * len(scheduler.timesteps)))
+    scheduler.timesteps = scheduler.timesteps[-count:]
+    return scheduler
 
 
 def denoise(
@@ -152,18 +185,26 @@ def denoise(
     noise: Tensor,
     scheduler,
     on_step: Callable[[StepInfo], None] | None = None,
+    *,
+    eta: float = 0.0,
+    draw: Draw | None = None,
 ) -> Tensor:
-    """Run the scheduler from pure noise to latents.
+    """Run the scheduler from unit noise, or with DDIM from latents noised to its first timestep, to latents.
 
     predict(latents [B,4,h,w], timestep) -> the guided model output [B,4,h,w].
     on_step may raise to cancel; nothing is kept then.
+    eta: 0..1, how much of the noise a step leaves is drawn anew by `draw`, after the prediction (arXiv 2010.02502,
+        eq. 16); other than 0 with DDIM only.
     """
+    if eta and not isinstance(scheduler, DDIMScheduler):
+        raise ArgumentError(f"eta is {eta}, but only 'ddim' (without Karras spacing) can draw noise in its steps.")
     latents = noise * scheduler.init_noise_sigma
     steps = len(scheduler.timesteps)
     for index, timestep in enumerate(scheduler.timesteps):
         model_input = scheduler.scale_model_input(latents, timestep)
         output = predict(model_input, timestep)
-        latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
+        anew = {"eta": eta, "variance_noise": draw().to(latents)} if eta else {}
+        latents = scheduler.step(output, timestep, latents, return_dict=False, **anew)[0]
         if on_step is not None:
             predicted = predicted_original(scheduler, output, timestep, model_input)
             on_step(StepInfo(index + 1, steps, float(timestep), predicted))

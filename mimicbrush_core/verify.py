@@ -19,7 +19,6 @@ from .modules import MIMICBRUSH, parts_of
 from .recognition import (
     CHECKPOINT,
     DEPTH,
-    EXEMPLAR_CHECKPOINT,
     EXEMPLAR_FOLDER,
     MODEL,
     NOTHING,
@@ -256,8 +255,8 @@ class _Inspection:
         elif kind is CHECKPOINT:
             for part in ORIGINAL_PART_NAMES:
                 yield part, config, partial(_original_state, content, part, config, path)
-        elif kind is EXEMPLAR_CHECKPOINT:
-            source = checkpoints.ExemplarFiles(path, None, self._config)
+        elif kind in checkpoints.CHECKPOINT_FILES:
+            source = checkpoints.CHECKPOINT_FILES[kind](path, None, self._config)
             for part in parts_of(source.config):
                 yield part, source.config, partial(source.state, part)
         elif kind.use == VAE:

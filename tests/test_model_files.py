@@ -347,11 +347,11 @@ SINGLE_CASES = {
     "SmartBrush": (put_tensors(SINGLE, {**UNET, "conv_in.weight": torch.zeros(8, 5, 3, 3)}), ["SmartBrush"]),
     "configuration without system": (
         in_config(system=None),
-        ["None", "'mimicbrush' or 'paint-by-example' was expected"],
+        ["None", "'mimicbrush' or 'paint-by-example' or 'magic-fixup' was expected"],
     ),
     "configuration of another system": (
         in_config(system="smartbrush"),
-        ["'smartbrush'", "'mimicbrush' or 'paint-by-example' was expected"],
+        ["'smartbrush'", "'mimicbrush' or 'paint-by-example' or 'magic-fixup' was expected"],
     ),
     "configuration from the future": (in_config(version=7), ["version 7", "expected 1", "Update"]),
     "configuration without a section": (in_config(vae=None), ["no 'vae'", "expected"]),
@@ -550,7 +550,8 @@ def test_zips_without_checksums_are_read(world):
 
 
 KINDS = {
-    "magic-fixup": MAGIC_FIXUP,
+    "magic-fixup-original": MAGIC_FIXUP,
+    "magic-fixup-headerless": tensors("unet.x", "detail_extractor.x", "vae.x"),
     "paint-by-example-original": {"state_dict": PAINT_BY_EXAMPLE},
     "paint-by-example-image-encoder": tensors("uncond_vector", "mapper.blocks.0.norm1.weight"),
     "paint-by-example-headerless": tensors("unet.x", "exemplar_encoder.x", "vae.x"),

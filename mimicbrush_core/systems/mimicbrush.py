@@ -29,7 +29,7 @@ from ..modules import MIMICBRUSH, Modules
 from ..references import Reference, ReferenceUse
 from ..repaint import Condition, Repainter, Work, device_of
 from ..reuse import KeptTokens, SharedStart
-from ..sampling import StepInfo, denoise, guide
+from ..sampling import Draw, StepInfo, denoise, guide
 
 WHITE, BLACK = 255, 0
 
@@ -460,11 +460,11 @@ class MimicBrush(Repainter):
                 depth_map = self._depth_map(depth, index % len(depth), window) if keep_shape else None
             return self.encode_source(part, mask, settings.size, keep_shape=keep_shape, depth_map=depth_map)
 
-        def sample(condition: SourceCondition, noise: Tensor, scheduler, report: Reporter) -> Tensor:
+        def sample(condition: SourceCondition, draw: Draw, scheduler, report: Reporter) -> Tensor:
             return self.sample(
                 condition,
                 uses,
-                noise,
+                draw(),
                 scheduler,
                 settings.guidance,
                 acceleration=settings.acceleration,

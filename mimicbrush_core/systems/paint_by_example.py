@@ -194,8 +194,8 @@ class PaintByExample(Repainter):
             exemplar = self.encode_exemplar(images.picture_from_array(exemplar, "exemplar"), settings.exemplar_fit)
         return Work(
             condition=lambda index, part, mask: self.encode_source(part, mask, settings.size),
-            sample=lambda condition, noise, scheduler, report: self.sample(
-                condition, exemplar, noise, scheduler, settings.guidance, on_step=report.step
+            sample=lambda condition, draw, scheduler, report: self.sample(
+                condition, exemplar, draw(), scheduler, settings.guidance, on_step=report.step
             ),
         )
 
