@@ -13,7 +13,6 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch._dynamo
 from diffusers import AutoencoderTiny
 from torch import Tensor
 
@@ -98,8 +97,10 @@ class MimicBrush(Repainter):
             for unet in unets:
                 unet.to(memory_format=torch.channels_last)
         if compiled:
+            from torch._dynamo import config  # a slow import
+
             # A U-Net has 16 blocks of more kinds than the compiler takes on by itself; it would leave the rest alone.
-            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+            config.recompile_limit = max(64, config.recompile_limit)
             for unet in unets:
                 unet.compile_repeated_blocks()
         if vae_tiling:
