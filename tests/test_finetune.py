@@ -628,7 +628,8 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from accelerate import PartialState
-from test_finetune import TINY, Drawn, Recipe, StartingPoint, finetune, part_from_others
+from mimicbrush_core.training.trainer import part_from_others
+from test_finetune import TINY, Drawn, Recipe, StartingPoint, finetune
 settings, start = replace(TINY, **{settings!r}), StartingPoint(model={start!r})
 finetune(Path({folder!r}), start, Drawn(), Recipe(**{recipe!r}), settings, device="cpu")
 state = PartialState()
