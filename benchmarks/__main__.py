@@ -26,7 +26,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"
 PICTURES = PAGE.parent / "performance"
 
-COMMON = {"imports": "imports", "memory_counted": "memory --count", "edit_small": "edit --small"}
+COMMON = {
+    "imports": "imports",
+    "memory_counted": "memory --count",
+    "edit_small": "edit --small --steps 20 --accelerate guidance_to_0.8 reference_every_2 deep_every_2 dpmpp_2m_20 "
+    "channels_last",
+}
 QUICK = {
     **COMMON,
     "batch_small": "batch --small",
