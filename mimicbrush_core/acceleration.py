@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain
 
 from torch import Tensor, nn
 
@@ -80,8 +79,7 @@ class DeepFeatures:
         unet, first, last = self._unet, self._unet.down_blocks[0], self._unet.up_blocks[-1]
         embedding = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep))
         hidden = unet.conv_in(sample)
-        beside = chain([hidden], _run(first, tokens, hidden_states=hidden, temb=embedding)[1])
-        skips = tuple(one for one, _ in zip(beside, last.resnets, strict=False))
+        skips = (hidden, *_run(first, tokens, hidden_states=hidden, temb=embedding)[1])[: len(last.resnets)]
         deep = self._deep[-len(sample) :]
         hidden = _run(last, tokens, hidden_states=deep, temb=embedding, res_hidden_states_tuple=skips)
         return unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden)))

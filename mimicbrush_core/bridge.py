@@ -48,8 +48,8 @@ def span_tokens(brush: MimicBrush, span: ReadingSpan) -> Tensor:
 
 def check_references(brush: MimicBrush, uses: Sequence[ReferenceUse]) -> None:
     """Raise ArgumentError for references that another model encoded."""
-    if any(use.reference.owner is not brush for use in uses):
-        raise ArgumentError("The reference was encoded by another model. Encode it again with this one.")
+    for use in uses:
+        brush.check_owner(use.reference)
 
 
 # --- sources -------------------------------------------------------------------------------------------------

@@ -204,10 +204,10 @@ def _gaussian_radius(sigma: float) -> int:
 
 
 def grown(mask: np.ndarray, pixels: int) -> np.ndarray:
-    """The largest value within `pixels` in both directions (a square), float32 `[H, W]`."""
+    """The largest value within `pixels` in both directions (a square), `[H, W]` of the mask's own type."""
     side = 2 * pixels + 1
     across = F.max_pool2d(torch.from_numpy(mask.astype(np.float32))[None], (1, side), stride=1, padding=(0, pixels))
-    return F.max_pool2d(across, (side, 1), stride=1, padding=(pixels, 0))[0].numpy()
+    return F.max_pool2d(across, (side, 1), stride=1, padding=(pixels, 0))[0].numpy().astype(mask.dtype)
 
 
 def cleaned(mask: np.ndarray, pixels: float) -> np.ndarray:
@@ -303,7 +303,7 @@ def seam_offset(result: np.ndarray, source: np.ndarray, hole: np.ndarray, reach:
     show the same there, so what differs (the median, per channel) is the model's own drift of colour. Zero
     where there is no ring: a mask that covers everything has no seam.
     """
-    ring = (grown(hole, reach) > 0) & ~hole
+    ring = grown(hole, reach) & ~hole
     if not ring.any():
         return np.zeros(3, np.float32)
     return np.median(source[ring].astype(np.float32) - result[ring], axis=0)

@@ -204,7 +204,7 @@ def prepare_coarse(coarse: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarra
     """
     square = images.resize_bicubic(coarse, size)  # Pillow counts colours by their alpha, so holes do not bleed
     colors, alpha = square[..., :3], square[..., 3]
-    hole = masks.grown(alpha < OPAQUE, RIM) > 0
+    hole = masks.grown(alpha < OPAQUE, RIM)
     return fill_hole(colors, hole), alpha
 
 

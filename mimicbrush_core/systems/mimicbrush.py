@@ -366,9 +366,13 @@ class MimicBrush(Repainter):
         # Repeated keys and values leave an attention's output as it is: so rows of equal length cost no mask.
         return torch.cat([unconditional.repeat(1, len(own), 1), tokens])
 
-    def _check_reference(self, reference: Reference, noise: Tensor) -> None:
+    def check_owner(self, reference: Reference) -> None:
+        """Raise ArgumentError for a reference that another model encoded."""
         if reference.owner is not self:
             raise ArgumentError("The reference was encoded by another model. Encode it again with this one.")
+
+    def _check_reference(self, reference: Reference, noise: Tensor) -> None:
+        self.check_owner(reference)
         if reference.latents.shape[-2:] != noise.shape[-2:]:
             raise ArgumentError(
                 f"The reference was encoded for a size of {self.size_of(reference)}, this edit has "

@@ -8,7 +8,9 @@ that both frames show (`matching`) or, in drawn scenes, the object that both sho
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
+
+from ..masks import bounding_box, grown
 
 SMALLEST_PART = 0.008
 """Share of the picture below which a part is not masked on its own."""
@@ -24,13 +26,13 @@ def draw_mask(rng: np.random.Generator, parts: np.ndarray) -> np.ndarray:
     elif kind == 1 and (parts == 0).any():  # a textured scene has no background
         mask = object_mask(parts, grow=int(rng.integers(1, 5)))
         if rng.random() < 0.4:
-            mask = bounding_box(mask)
+            mask = boxed(mask)
     elif kind in (1, 2):
         mask = grid_mask(rng, parts > 0)
     elif kind == 3:
         mask = stroke_mask(rng, parts.shape[0])
     else:
-        mask = bounding_box(part_mask(parts, int(rng.choice(maskable_parts(parts))), grow=2))
+        mask = boxed(part_mask(parts, int(rng.choice(maskable_parts(parts))), grow=2))
     return mask if mask.any() else part_mask(parts, int(parts.max()), grow=2)
 
 
@@ -52,18 +54,11 @@ def object_mask(parts: np.ndarray, grow: int = 2) -> np.ndarray:
     return grown(parts > 0, grow)
 
 
-def grown(mask: np.ndarray, pixels: int) -> np.ndarray:
-    if pixels == 0:
-        return mask
-    picture = Image.fromarray(mask.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(2 * pixels + 1))
-    return np.asarray(picture) > 0
-
-
-def bounding_box(mask: np.ndarray) -> np.ndarray:
+def boxed(mask: np.ndarray) -> np.ndarray:
+    """The bounding box of a mask; an empty one stays empty."""
     box = np.zeros_like(mask)
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if len(rows):
-        box[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = True
+    if mask.any():
+        box[bounding_box(mask).slices] = True
     return box
 
 

@@ -29,6 +29,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..masks import grown
+
 CLASSES = ("mug", "fish", "house", "shoe", "flower", "bottle", "car", "butterfly", "face")
 HELD_OUT_SEED = 1_000_000_000  # seeds from here on are never used in training
 MIN_PART_SHARE = 0.015  # of all pixels: a part that large can be masked and judged on its own
@@ -991,20 +993,8 @@ def render_between_objects(
     edited = thing.with_material(index, other.material(index))
     repainted = _render(edited, poses[0], lights[0], backdrops[0], size)[0]
     # A part also shines faintly through the antialiased edges of the parts upon it: those pixels stay.
-    truth = np.where(_grown(a[1] == index, 2)[..., None], repainted, a[0])
+    truth = np.where(grown(a[1] == index, 2)[..., None], repainted, a[0])
     return _pair(a, b, class_name, truth), index
-
-
-def _grown(mask: Array, steps: int) -> Array:
-    """The mask (bool [S, S]) and all pixels within `steps` rows and columns of it."""
-    for _ in range(steps):
-        wide = mask.copy()
-        wide[:, 1:] |= mask[:, :-1]
-        wide[:, :-1] |= mask[:, 1:]
-        mask = wide.copy()
-        mask[1:] |= wide[:-1]
-        mask[:-1] |= wide[1:]
-    return mask
 
 
 def _large_part(draw: _Draw, parts: Array, reference_parts: Array) -> int:
