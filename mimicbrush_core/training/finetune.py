@@ -263,7 +263,7 @@ class FineTuneTask(Task):
 
     def _draw(self, index: int, latent_shape: tuple[int, ...]) -> _Draw:
         rng = np.random.default_rng((self.seed, _KEY, index))
-        timestep = int(rng.integers(len(self.objective.alphas)))
+        timestep = int(rng.integers(len(self.objective.denoising.alphas)))
         with_depth = rng.random() >= self.recipe.drop_depth
         with_reference = rng.random() >= self.recipe.drop_reference
         return _Draw(timestep, rng.standard_normal(latent_shape, dtype=np.float32), with_depth, with_reference)

@@ -41,6 +41,42 @@ class Batch:
     image: Tensor
 
 
+class Denoising:
+    """A configuration's diffusion as training sees it: latents noised, and what is to be predicted of them.
+
+    scheduler: the configuration's. alphas: the cumulative products of all timesteps, float32 [timesteps].
+    """
+
+    def __init__(self, scheduler: dict, device: torch.device):
+        self.alphas = DDIMScheduler(**scheduler).alphas_cumprod.to(device)
+        self._predicts_v = scheduler["prediction_type"] == "v_prediction"
+
+    def noised(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Latents at timesteps int64 [B]; all [B,4,h,w]."""
+        alpha = self._alpha(timesteps)
+        return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+
+    def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The noise, or v for a configuration that predicts it."""
+        if not self._predicts_v:
+            return noise
+        alpha = self._alpha(timesteps)
+        return alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+
+    def _alpha(self, timesteps: Tensor) -> Tensor:
+        return self.alphas[timesteps][:, None, None, None]
+
+
+def weighted_mean(error: Tensor, weight: Tensor) -> Tensor:
+    """The mean over B samples of each one's weighted mean; error [B,C,h,w], weight [B,1,h,w]."""
+    return ((weight * error).mean(dim=(1, 2, 3)) / weight.mean(dim=(1, 2, 3))).mean()
+
+
+def error_inside(error: Tensor, mask: Tensor) -> float:
+    """The mean error [B,C,h,w] where the mask [B,1,h,w] is 1: a figure for the log."""
+    return float((mask * error).sum() / (mask.sum() * error.shape[1]).clamp_min(1))
+
+
 class Objective:
     """The denoising loss of some modules.
 
@@ -55,8 +91,7 @@ class Objective:
         self.modules = modules
         self.outside_weight = outside_weight
         device = next(modules.unet.parameters()).device
-        self.alphas = DDIMScheduler(**scheduler).alphas_cumprod.to(device)
-        self.predicts_v = scheduler["prediction_type"] == "v_prediction"
+        self.denoising = Denoising(scheduler, device)
         self._no_depth, self._no_image = no_depth.to(device), no_image.to(device)
         self._reading: ReferenceReading | None = None
 
@@ -74,16 +109,12 @@ class Objective:
         """The mean loss, and the error inside the holes of the rows with and without a reference."""
         predicted, wanted = self.predict(batch)
         error = (predicted.float() - wanted).square()  # [B,4,h,w]
-        if self.outside_weight is None:
-            loss = error.mean()
-        else:
-            weight = self.outside_weight + batch.mask
-            loss = ((weight * error).mean(dim=(1, 2, 3)) / weight.mean(dim=(1, 2, 3))).mean()
+        loss = error.mean() if self.outside_weight is None else weighted_mean(error, self.outside_weight + batch.mask)
         split = len(batch.clean) - len(batch.reference)
         figures = {}
         for name, rows in (("masked_none", slice(split)), ("masked_with", slice(split, None))):
             if len(batch.clean[rows]):
-                figures[name] = _error_inside(error.detach()[rows], batch.mask[rows])
+                figures[name] = error_inside(error.detach()[rows], batch.mask[rows])
         return loss, figures
 
     def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -91,8 +122,7 @@ class Objective:
         if self._reading is None:
             raise RuntimeError("the loss and its backward pass belong within `computing()`")
         unet = self.modules.unet
-        alpha = self.alphas[batch.timesteps][:, None, None, None]
-        noisy = alpha.sqrt() * batch.clean + (1 - alpha).sqrt() * batch.noise
+        noisy = self.denoising.noised(batch.clean, batch.noise, batch.timesteps)
         beside = [batch.mask, batch.hole, self._depth_features(batch)]
         model_input = torch.cat([noisy, *beside], dim=1)  # [B,13,h,w]
         tokens, self._reading.references = self._read(batch)
@@ -100,8 +130,7 @@ class Objective:
         predicted = unet(
             model_input.to(unet.dtype), batch.timesteps, encoder_hidden_states=tokens.to(unet.dtype)
         ).sample
-        wanted = alpha.sqrt() * batch.noise - (1 - alpha).sqrt() * batch.clean if self.predicts_v else batch.noise
-        return predicted, wanted
+        return predicted, self.denoising.target(batch.clean, batch.noise, batch.timesteps)
 
     def _read(self, batch: Batch) -> tuple[Tensor, list[ReferenceFeatures]]:
         """Cross-attention tokens [B,T,D], and the features of the rows that have a reference."""
@@ -132,7 +161,3 @@ class Objective:
         features = self.modules.depth_projector(maps, tuple(batch.clean.shape[-2:])).float()
         given_rows = iter(range(1, len(maps)))
         return features[[0 if depth is None else next(given_rows) for depth in batch.depths]]
-
-
-def _error_inside(error: Tensor, mask: Tensor) -> float:
-    return float((mask * error).sum() / (mask.sum() * error.shape[1]).clamp_min(1))

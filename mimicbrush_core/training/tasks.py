@@ -12,21 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..depth import estimate_depth, no_depth_map
-from ..encoders import encode_latents
+from ..encoders import encode_latents, encode_pictures
 from ..evaluation.track import SETS, held_out_cases
 from ..images import clip_pixel_values, depth_pixel_values, to_model_range
 from ..modules import Modules
 from ..systems.mimicbrush import MimicBrush
+from .curriculum import Curriculum
 from .hole_masks import draw_mask, part_mask
 from .objective import Batch, Objective
-from .scenes import (
-    CLIP_LIKE,
-    Difficulty,
-    FramePair,
-    render_between_objects,
-    render_pair,
-    render_textured_scene,
-)
+from .scene_pool import ScenePool
+from .scenes import FramePair, render_between_objects, render_pair, render_textured_scene
 from .trainer import Task, Validation
 from .validation import judge
 
@@ -103,43 +98,6 @@ class DepthTask(Task):
 
 
 @dataclass(frozen=True)
-class Curriculum:
-    """How the task of imitation grows, in samples seen.
-
-    identity: until then the reference is the source itself; full: from then on pairs differ as two frames of one
-    clip do (`scenes.CLIP_LIKE`), and linearly less between the two.
-    high_noise: the share of all timesteps, from the noisiest, that is trained at first: one step from noise to
-    picture is plain regression, and correspondence is learned fastest there. Later the range grows to all, but
-    `high_noise_samples` of the samples stay there.
-    between_objects, textured_scenes: their share of the scenes.
-    """
-
-    identity: int = 12_000
-    full: int = 40_000
-    high_noise: float = 0.1
-    high_noise_samples: float = 0.5
-    between_objects: float = 0.15
-    textured_scenes: float = 0.15
-
-    def progress(self, sample: int) -> float:
-        """0 while the task is identity, 1 when it is complete."""
-        return min(1.0, max(0.0, (sample - self.identity) / max(1, self.full - self.identity)))
-
-    def draw_timestep(self, rng: np.random.Generator, sample: int, count: int) -> int:
-        """A timestep of 0..count-1, more often a noisy one."""
-        spread = self.high_noise
-        if rng.random() >= self.high_noise_samples:
-            spread += (1 - spread) * self.progress(sample)
-        return min(count - 1, int(count * (1 - spread * rng.random() ** 2)))
-
-    def difficulty(self, sample: int) -> Difficulty:
-        grown = self.progress(sample)
-        return Difficulty(
-            CLIP_LIKE.pose * grown, CLIP_LIKE.light * grown, CLIP_LIKE.background * grown, CLIP_LIKE.texture
-        )
-
-
-@dataclass(frozen=True)
 class _Scene:
     """One rendered and encoded scene. Row 0 is the source as rendered, row 1 the reference."""
 
@@ -203,14 +161,12 @@ class ImitationTask(Task):
         self.clip_size = config["image_encoder"]["image_size"]
         self.depth_size = config["depth_network"]["image_size"]
         self.device = next(modules.unet.parameters()).device
-        self.scenes, self.echo = scenes, echo
-        self._pool: dict[int, _Scene] = {}
-        self._chunk = -1
+        self.scenes = ScenePool(self._render, scenes, echo)
         with torch.no_grad():
             no_depth = no_depth_map(modules.depth_network, self.depth_size)
         no_image = torch.zeros(1, 3, self.clip_size, self.clip_size)
         self.objective = Objective(modules, config["scheduler"], no_depth, no_image, self.outside_weight)
-        self.timesteps = len(self.objective.alphas)
+        self.timesteps = len(self.objective.denoising.alphas)
 
     # -- one step
 
@@ -257,18 +213,7 @@ class ImitationTask(Task):
 
     def _draw(self, indices: list[int]) -> list[_Sample]:
         """The samples with these global indices: scenes rendered once, everything else drawn afresh."""
-        wanted = [self._scene_number(index) for index in indices]
-        chunk = indices[0] // (self.scenes * self.echo)
-        if chunk != self._chunk:
-            self._pool, self._chunk = {}, chunk
-        missing = {number: index for number, index in zip(wanted, indices, strict=True) if number not in self._pool}
-        if missing:
-            self._pool.update(zip(missing, self._render(missing), strict=True))
-        return [self._draw_sample(self._pool[number], i) for number, i in zip(wanted, indices, strict=True)]
-
-    def _scene_number(self, index: int) -> int:
-        chunk, position = divmod(index, self.scenes * self.echo)
-        return chunk * self.scenes + position % self.scenes
+        return [self._draw_sample(scene, i) for scene, i in zip(self.scenes.of(indices), indices, strict=True)]
 
     def _draw_sample(self, scene: _Scene, index: int) -> _Sample:
         rng = np.random.default_rng((self.seed, 3, index))
@@ -285,7 +230,7 @@ class ImitationTask(Task):
 
     @torch.no_grad()
     def _render(self, numbers: dict[int, int]) -> list[_Scene]:
-        """Render and encode scenes; numbers: {scene number: the sample index that asked first}."""
+        """Render and encode scenes; numbers: {scene number: index of the first sample that uses it}."""
         drawn = [self._render_one(number, index) for number, index in numbers.items()]
         modules, pairs = self.modules, [pair for pair, _ in drawn]
         frames = [frame for pair in pairs for frame in (pair.source, pair.reference)]
@@ -326,5 +271,4 @@ class ImitationTask(Task):
         return render_pair(number, self.size, difficulty), 0
 
     def _encode(self, frames: list[np.ndarray]) -> Tensor:
-        pixels = torch.cat([to_model_range(frame) for frame in frames]).to(self.device)
-        return encode_latents(self.modules.vae, pixels).float().cpu()
+        return encode_pictures(self.modules.vae, frames).cpu()
