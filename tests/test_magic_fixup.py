@@ -20,7 +20,13 @@ from mimicbrush_core.hole_fill import fill_hole
 from mimicbrush_core.modules import build_part, bundled_config
 from mimicbrush_core.references import write_features
 from mimicbrush_core.sampling import SeededDraws, denoise, last_steps, make_scheduler
-from mimicbrush_core.systems.magic_fixup import FixupCondition, FixupSettings, MagicFixup, prepare_coarse
+from mimicbrush_core.systems.magic_fixup import (
+    FixupCondition,
+    FixupSettings,
+    MagicFixup,
+    changed_regions,
+    prepare_coarse,
+)
 from mimicbrush_core.systems.mimicbrush import MimicBrush
 from mimicbrush_core.systems.paint_by_example import PaintByExample
 from mimicbrush_core.verify import inspect
@@ -58,6 +64,12 @@ def tiny_config():
 
 def golden(name):
     return load_file(GOLDEN / f"{name}.safetensors")
+
+
+def golden_preparation():
+    """Pictures and what is made of them before the networks: packed, as pictures pack well."""
+    with np.load(GOLDEN / "preprocess.npz") as packed:
+        return {name: torch.from_numpy(packed[name]) for name in packed.files}
 
 
 def error(ours, recorded):
@@ -118,11 +130,11 @@ def test_holes_are_filled_as_the_original_does():
 @pytest.fixture(scope="module")
 def prepared():
     """The recorded coarse edit, prepared: filled uint8 [512,512,3], alpha uint8 [512,512]."""
-    return prepare_coarse(golden("preprocess")["edit_rgba"].numpy(), 512)
+    return prepare_coarse(golden_preparation()["edit_rgba"].numpy(), 512)
 
 
 def test_preparation_of_the_coarse_edit(prepared):
-    case, (filled, alpha) = golden("preprocess"), prepared
+    case, (filled, alpha) = golden_preparation(), prepared
     hole = masks.grown(alpha < 128, 3) > 0
     assert np.array_equal(hole, case["hole_dilated"].numpy() > 0)
     recorded = case["inpainted"].numpy()
@@ -500,6 +512,22 @@ def test_pasting_back_keeps_the_original(model, photo, coarse, moved):
     assert (result.picture[changed == 1] != photo[changed == 1]).any()
 
 
+def test_without_a_mask_what_the_coarse_edit_changed_is_pasted_back(model, photo, coarse, moved):
+    hole, place = moved == 1, np.roll(moved, 40, axis=1) == 1
+    [region] = changed_regions([photo], [coarse])
+    assert np.array_equal(region == 1, (coarse[..., 3] < 255) | (coarse[..., :3] != photo).any(axis=-1))
+    assert (region[hole] == 1).all() and (region[place] == 1).mean() > 0.99 and not region[~hole & ~place].any()
+    settings = replace(QUICK, paste_back=True, feather=2)
+    alone = model.edit(photo, coarse, settings)
+    assert np.array_equal(alone.picture, model.edit(photo, coarse, settings, mask=region).picture)
+    untouched = alone.alpha == 0
+    assert untouched.any() and np.array_equal(alone.picture[untouched], photo[untouched])
+    photos = torch.cat([as_batch(photo), as_batch(coarse)[..., :3]])  # nothing was moved in the second
+    opaque = as_batch(coarse)[..., :3]
+    batch = model.edit_batch(photos, opaque, settings)
+    assert batch.alpha[0].any() and not batch.alpha[1].any() and torch.equal(batch.pictures[1], photos[1])
+
+
 def test_zoom_sees_the_window_only(model, photo, coarse, moved):
     settings = replace(QUICK, zoom=True, margin=0.1, minimum=16, feather=2)
     result = model.edit(photo, coarse, settings, mask=moved)
@@ -617,4 +645,8 @@ def test_inputs_that_do_not_fit(model, photo, coarse):
     with pytest.raises(PictureError, match="mask is empty"):
         model.edit(photo, coarse, QUICK, mask=np.zeros((H, W), np.float32))
     with pytest.raises(PictureError, match="2 sources, 1 mask, 3 coarse edits"):
+        model.edit_batch(as_batch(photo, 2), as_batch(coarse, 3), QUICK, mask=torch.ones(1, H, W))
+    with pytest.raises(PictureError, match="2 sources, 3 coarse edits"):
         model.edit_batch(as_batch(photo, 2), as_batch(coarse, 3), QUICK)
+    with pytest.raises(PictureError, match="coarse edit is the original: nothing was moved"):
+        model.edit(photo, photo, QUICK)
