@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from .images import to_model_range
 
 
 class ImageProjection(nn.Module):
@@ -49,6 +54,14 @@ def encode_latents(vae: nn.Module, pixels: Tensor, noise: Tensor | None = None) 
     else:  # AutoencoderTiny has no posterior
         latents = encoded.latents
     return latents * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def encode_pictures(vae: nn.Module, pictures: Sequence[np.ndarray]) -> Tensor:
+    """Pictures uint8 [H,W,3] of one size -> float32 latents [B,4,h,w] on the VAE's device, at the posterior's mode."""
+    pixels = torch.cat([to_model_range(picture) for picture in pictures])
+    parameter = next(vae.parameters())
+    return encode_latents(vae, pixels.to(parameter.device, parameter.dtype)).float()
 
 
 def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:

@@ -14,15 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..encoders import encode_latents
+from ..encoders import encode_pictures
 from ..errors import ArgumentError
-from ..images import to_model_range
+from ..modules import MIMICBRUSH, PAINT_BY_EXAMPLE
 from ..references import Reference, ReferenceUse, write_features
+from ..repaint import Repainter
 from ..sampling import initial_noise, make_scheduler
 from ..systems.mimicbrush import MimicBrush, SourceCondition
+from ..systems.paint_by_example import PaintByExample
 from ..training.scenes import CLIP_LIKE, Difficulty
+from .exemplars import exemplar_cases, exemplar_latents
 from .metrics import masked_psnr, ssim
-from .track import CASES, SETS, Case, check_sets, held_out_cases
+from .track import CASES, SETS, Case, check_count, check_sets, drawn_by_lot, held_out_cases
 
 KINDS = ("right", "wrong", "none", "autoencoder")
 """What a case is answered with: its own reference, another's, nothing; and the autoencoder's bound."""
@@ -102,18 +105,28 @@ def evaluate(
     check_sets(sets, n)
     if batch < 1:
         raise ArgumentError(f"batch is {batch}; at least one case must be answered at a time.")
-    results = replace(started(model, steps, guidance), to_picture=drawn_by_lot(n))
+    results = replace(started(model, steps, guidance), to_picture=drawn_by_lot(n, PICTURED))
     for set_name in sets:
         add_judged(model, held_out_cases(set_name, n, results.size, difficulty), results, batch, on_case)
     return results
 
 
-def drawn_by_lot(n: int) -> frozenset[int]:
-    """Which of n cases are pictured: the same for every model, chosen by nobody."""
-    return frozenset(np.random.default_rng(0).permutation(n)[:PICTURED].tolist())
+def evaluate_exemplars(
+    model: PaintByExample,
+    n: int = CASES,
+    steps: int | None = None,
+    guidance: float | None = None,
+    batch: int = 16,
+    on_case: Callable[[Outcome], None] | None = None,
+) -> Results:
+    """Answer and judge the first n cases of `exemplars.exemplar_cases`, as `evaluate` does."""
+    check_count(n)
+    results = replace(started(model, steps, guidance), to_picture=drawn_by_lot(n, 2 * PICTURED))
+    add_judged(model, exemplar_cases(n, results.size), results, batch, on_case)
+    return results
 
 
-def started(model: MimicBrush, steps: int | None = None, guidance: float | None = None) -> Results:
+def started(model: Repainter, steps: int | None = None, guidance: float | None = None) -> Results:
     """Results of no case yet; steps, guidance: None = the model's defaults."""
     defaults = model.config["defaults"]
     return Results(
@@ -126,7 +139,7 @@ def started(model: MimicBrush, steps: int | None = None, guidance: float | None 
 
 
 def add_judged(
-    model: MimicBrush,
+    model: Repainter,
     cases: Iterable[Case],
     results: Results,
     batch: int,
@@ -141,8 +154,15 @@ def add_judged(
                 on_case(outcome)
 
 
-def answer(model: MimicBrush, cases: Sequence[Case], steps: int, guidance: float) -> dict[str, np.ndarray]:
+def answer(model: Repainter, cases: Sequence[Case], steps: int, guidance: float) -> dict[str, np.ndarray]:
     """The model's unpasted pictures of B cases of its own size: {kind of `KINDS`: uint8 [B,S,S,3]}."""
+    latents = _ANSWERERS[model.system](model, cases, steps, guidance)
+    latents["autoencoder"] = encode_pictures(model.modules.vae, [case.truth for case in cases])
+    return {kind: model.decode(latents[kind]) for kind in KINDS}
+
+
+def _imitations(model: MimicBrush, cases: Sequence[Case], steps: int, guidance: float) -> dict[str, Tensor]:
+    """Latents [B,4,h,w] of the answers with the right, a wrong and no reference."""
     condition = _conditions(model, cases)
     noise = initial_noise([case.index for case in cases], tuple(condition.hole_latents.shape[1:]))
 
@@ -154,13 +174,10 @@ def answer(model: MimicBrush, cases: Sequence[Case], steps: int, guidance: float
     # Right and wrong go together: most pictures serve as both, and each is written once.
     wanted = [case.reference for case in cases] + [case.wrong_reference for case in cases]
     right, wrong = sample(2, [ReferenceUse(_PictureReferences.encode(model, wanted), 1.0)]).chunk(2)
-    latents = {
-        "right": right,
-        "wrong": wrong,
-        "none": sample(1, []),
-        "autoencoder": _encode_truths(model, cases),
-    }
-    return {kind: model.decode(latents[kind]) for kind in KINDS}
+    return {"right": right, "wrong": wrong, "none": sample(1, [])}
+
+
+_ANSWERERS = {MIMICBRUSH: _imitations, PAINT_BY_EXAMPLE: exemplar_latents}
 
 
 def score(picture: np.ndarray, case: Case) -> Score:
@@ -184,13 +201,6 @@ def _conditions(model: MimicBrush, cases: Sequence[Case]) -> SourceCondition:
 def _repeated(condition: SourceCondition, copies: int) -> SourceCondition:
     tensors = (condition.mask, condition.hole_latents, condition.depth)
     return SourceCondition(*(tensor.repeat(copies, 1, 1, 1) for tensor in tensors))
-
-
-@torch.no_grad()
-def _encode_truths(model: MimicBrush, cases: Sequence[Case]) -> Tensor:
-    """Latents of the true pictures, [B,4,h,w]."""
-    pixels = torch.cat([to_model_range(case.truth) for case in cases]).to(model.device, model.dtype)
-    return encode_latents(model.modules.vae, pixels).float()
 
 
 @dataclass(eq=False)

@@ -62,6 +62,14 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def mean_with_interval(values: np.ndarray, form: str) -> str:
+    """A mean and its 95 % interval in a number format, e.g. "+.2f"; "-" where the figure does not exist (NaN)."""
+    if np.isnan(values).all():
+        return "-"
+    low, high = bootstrap_interval(values)
+    return f"{values.mean():{form}} [{low:{form}}, {high:{form}}]"
+
+
 def _check(result: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> None:
     if result.shape != truth.shape or mask.shape != truth.shape[:2]:
         raise ArgumentError(

@@ -78,8 +78,18 @@ def check_sets(sets: list[str] | tuple[str, ...], n: int) -> None:
     unknown = [name for name in sets if name not in SETS]
     if unknown or not sets:
         raise ArgumentError(f"Unknown set {unknown[0] if unknown else ''!r}. Choose from: {', '.join(SETS)}.")
+    check_count(n)
+
+
+def check_count(n: int) -> None:
+    """Raise ArgumentError for a number of cases that no set has."""
     if not 1 <= n <= CASES:
         raise ArgumentError(f"n is {n}; each set has {CASES} cases, so it must be between 1 and {CASES}.")
+
+
+def drawn_by_lot(n: int, pictured: int) -> frozenset[int]:
+    """Which of n cases are pictured: the same for every model, chosen by nobody."""
+    return frozenset(np.random.default_rng(0).permutation(n)[:pictured].tolist())
 
 
 def scene_seed(set_name: str, index: int) -> int:

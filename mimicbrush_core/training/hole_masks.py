@@ -91,6 +91,45 @@ def stroke_mask(rng: np.random.Generator, size: int) -> np.ndarray:
     return np.asarray(picture) > 0
 
 
+def loose_mask(rng: np.random.Generator, thing: np.ndarray) -> np.ndarray:
+    """A mask with room around an object bool [S,S]: a wider box, a bulging outline, or the object itself, grown.
+
+    The first two are those of Paint by Example (arXiv 2211.13227, section 3.2, as its code draws them); the third is
+    what artists draw.
+    """
+    kind = rng.integers(3)
+    if kind == 0:
+        return grown(thing, int(rng.integers(1, 5)))
+    box = bounding_box(thing)
+    height, width = thing.shape
+    right, bottom = box.x + box.width, box.y + box.height
+    # How far each side moves outward: up to 0.4 of the room it has.
+    up, left, down, across = (
+        int(rng.integers(0, 1 + int(0.4 * r))) for r in (box.y, box.x, height - bottom, width - right)
+    )
+    mask = np.zeros_like(thing)
+    if kind == 1:
+        mask[box.y - up : bottom + down, box.x - left : right + across] = True
+        return mask
+    middle_x, middle_y = box.x + box.width / 2, box.y + box.height / 2
+    corners = [(box.x, box.y), (right, box.y), (right, bottom), (box.x, bottom)]
+    pulls = [(middle_x, box.y - up), (right + across, middle_y), (middle_x, bottom + down), (box.x - left, middle_y)]
+    outline = []
+    for side in range(4):
+        outline += _curve(rng, corners[side], pulls[side], corners[(side + 1) % 4], jitter=width / 100)
+    picture = Image.fromarray(mask)
+    ImageDraw.Draw(picture).polygon(outline, fill=1)
+    return np.array(picture)
+
+
+def _curve(rng: np.random.Generator, start, pull, end, jitter: float) -> list[tuple[float, float]]:
+    """The corner `start`, and 18 shaken points of the quadratic Bezier curve from there to `end`."""
+    u = np.arange(1, 19)[:, None] / 20
+    points = (1 - u) ** 2 * np.array(start) + 2 * u * (1 - u) * np.array(pull) + u**2 * np.array(end)
+    points += rng.uniform(-jitter, jitter, points.shape)
+    return [tuple(start), *map(tuple, points.tolist())]
+
+
 def segment_mask(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray | None:
     """One to three segments of a map int32 [S,S] (0 belongs to none), a little grown; None if none is fit.
 

@@ -28,8 +28,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from PIL import Image, ImageFilter
 
-from ..masks import grown
+from ..masks import bounding_box, grown
 
 CLASSES = ("mug", "fish", "house", "shoe", "flower", "bottle", "car", "butterfly", "face")
 HELD_OUT_SEED = 1_000_000_000  # seeds from here on are never used in training
@@ -94,7 +95,7 @@ class FramePair:
 # ---------------------------------------------------------------------------------------------- random draws
 
 
-class _Draw:
+class Draw:
     """Short names for single draws from one of a seed's independent streams."""
 
     def __init__(self, seed: int, stream: int) -> None:
@@ -120,7 +121,7 @@ class _Draw:
         return self._rng.random((rows, columns), dtype=np.float32)
 
 
-def _colour(draw: _Draw) -> Colour:
+def _colour(draw: Draw) -> Colour:
     """A colour with channels 0..1: mostly vivid, sometimes pastel, sometimes nearly grey, white or black."""
     mood = draw.uniform(0, 1)
     hue = draw.uniform(0, 1)
@@ -136,7 +137,7 @@ def _difference(a: Colour, b: Colour) -> float:
     return math.sqrt(0.8 * (a[0] - b[0]) ** 2 + 1.5 * (a[1] - b[1]) ** 2 + 0.7 * (a[2] - b[2]) ** 2)
 
 
-def _contrasting_colour(draw: _Draw, others: Sequence[Colour], enough: float) -> Colour:
+def _contrasting_colour(draw: Draw, others: Sequence[Colour], enough: float) -> Colour:
     """The first of eight draws that is `enough` away from all others, or the farthest of them."""
     best, best_distance = (0.0, 0.0, 0.0), -1.0
     for _ in range(8):
@@ -289,7 +290,7 @@ def intersection(a: Shape, b: Shape) -> Shape:
 # about 1.5 % of the frame; a part's index is its place in the list, from 1.
 
 
-def _mug(draw: _Draw) -> list[Shape]:
+def _mug(draw: Draw) -> list[Shape]:
     top, bottom = draw.uniform(0.5, 0.72), draw.uniform(0.45, 0.68)
     high = draw.uniform(0.65, 0.85)
     lip = draw.uniform(0.17, 0.24)
@@ -300,7 +301,7 @@ def _mug(draw: _Draw) -> list[Shape]:
     return [handle, body, band, ellipse(0, -high, top * 1.02, lip)]
 
 
-def _fish(draw: _Draw) -> list[Shape]:
+def _fish(draw: Draw) -> list[Shape]:
     long, high = draw.uniform(0.7, 0.85), draw.uniform(0.42, 0.58)
     body = ellipse(0, 0, long, high)
     spread = draw.uniform(0.35, 0.55)
@@ -315,7 +316,7 @@ def _fish(draw: _Draw) -> list[Shape]:
     return [tail, fin, body, belly, head, ellipse(neck + 0.25, -high * 0.25, eye_size, eye_size)]
 
 
-def _house(draw: _Draw) -> list[Shape]:
+def _house(draw: Draw) -> list[Shape]:
     wide, top = draw.uniform(0.6, 0.78), draw.uniform(-0.25, -0.05)
     eaves = wide + draw.uniform(0.1, 0.22)
     peak = draw.uniform(-1.0, -0.8)
@@ -333,7 +334,7 @@ def _house(draw: _Draw) -> list[Shape]:
     return [chimney, wall, roof, door, window]
 
 
-def _shoe(draw: _Draw) -> list[Shape]:
+def _shoe(draw: Draw) -> list[Shape]:
     sole_high = draw.uniform(0.11, 0.16)
     ankle = draw.uniform(0.32, 0.42)
     top = draw.uniform(-0.75, -0.5)
@@ -348,7 +349,7 @@ def _shoe(draw: _Draw) -> list[Shape]:
     return [shaft, vamp, strap, toe, cuff, sole]
 
 
-def _flower(draw: _Draw) -> list[Shape]:
+def _flower(draw: Draw) -> list[Shape]:
     count = draw.integer(5, 7)
     out, petal = draw.uniform(0.36, 0.42), draw.uniform(0.24, 0.29) * (5.6 / count) ** 0.5
     turn = draw.uniform(0, 2 * math.pi)
@@ -362,7 +363,7 @@ def _flower(draw: _Draw) -> list[Shape]:
     return [capsule(0, -0.1, 0, 0.8, 0.12), leaf, pot, petals, ellipse(0, -0.42, heart, heart)]
 
 
-def _bottle(draw: _Draw) -> list[Shape]:
+def _bottle(draw: Draw) -> list[Shape]:
     wide, neck = draw.uniform(0.4, 0.52), draw.uniform(0.19, 0.25)
     shoulder = draw.uniform(-0.3, -0.05)
     body = box(0, (1 + shoulder) / 2, wide, (1 - shoulder) / 2, 0.1)
@@ -374,7 +375,7 @@ def _bottle(draw: _Draw) -> list[Shape]:
     return [union(box(0, -0.5, neck, 0.4), slope), body, label, cap]
 
 
-def _car(draw: _Draw) -> list[Shape]:
+def _car(draw: Draw) -> list[Shape]:
     roof_y = draw.uniform(-0.62, -0.48)
     back, front = draw.uniform(-0.75, -0.5), draw.uniform(0.3, 0.5)
     cabin = polygon((back - 0.12, 0.0), (back + 0.08, roof_y), (front - 0.22, roof_y), (front + 0.12, 0.0))
@@ -390,7 +391,7 @@ def _car(draw: _Draw) -> list[Shape]:
     return [cabin, union(windscreen, rear_window), body, *wheels]
 
 
-def _butterfly(draw: _Draw) -> list[Shape]:
+def _butterfly(draw: Draw) -> list[Shape]:
     out, up = draw.uniform(0.45, 0.55), draw.uniform(0.3, 0.42)
     wing_x, wing_y = draw.uniform(0.42, 0.52), draw.uniform(0.32, 0.42)
     tilt = draw.uniform(15, 45)
@@ -403,7 +404,7 @@ def _butterfly(draw: _Draw) -> list[Shape]:
     return [lower, upper, spots, body, ellipse(0, -0.55, 0.23, 0.23)]
 
 
-def _face(draw: _Draw) -> list[Shape]:
+def _face(draw: Draw) -> list[Shape]:
     wide, high = draw.uniform(0.6, 0.7), draw.uniform(0.72, 0.82)
     hair = ellipse(0, -0.05, wide + draw.uniform(0.14, 0.22), high + draw.uniform(-0.1, 0.1))
     head = ellipse(0, 0.12, wide, high)
@@ -418,7 +419,7 @@ def _face(draw: _Draw) -> list[Shape]:
     return [hair, head, hat, eyes, nose, mouth]
 
 
-_BUILDERS: dict[str, Callable[[_Draw], list[Shape]]] = {
+_BUILDERS: dict[str, Callable[[Draw], list[Shape]]] = {
     "mug": _mug,
     "fish": _fish,
     "house": _house,
@@ -570,7 +571,7 @@ TEXTURED = tuple(kind for kind in _PATTERNS if kind not in PLAIN)
 _ON_SMALL_PARTS = ("stripes", "checks", "bands", "rings")  # readable with only two or three repeats
 
 
-def _material(draw: _Draw, kind: str, width: float, avoid: Sequence[Colour], contrast: float = 0.5) -> Material:
+def _material(draw: Draw, kind: str, width: float, avoid: Sequence[Colour], contrast: float = 0.5) -> Material:
     """A material of this kind; its first colour keeps away from `avoid`, the others from each other."""
     count = {"solid": 1, "stripes": draw.pick((2, 2, 3)), "bands": draw.pick((2, 3, 3))}.get(kind, 2)
     colours = [_contrasting_colour(draw, avoid, 0.35)]
@@ -595,7 +596,7 @@ def _first_colour(material: Material) -> Colour:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     shape: Shape
     material: Material
     index: int  # 0: belongs to the background
@@ -604,12 +605,12 @@ class _Part:
 
 
 @dataclass(frozen=True)
-class _Object:
-    parts: tuple[_Part, ...]
+class SceneObject:
+    parts: tuple[Part, ...]
     centre: tuple[float, float]
     half: float  # half size: what the pose scales to the wished share of the frame
 
-    def with_material(self, index: int, material: Material) -> _Object:
+    def with_material(self, index: int, material: Material) -> SceneObject:
         """The same object, one part of it made of something else."""
         parts = tuple(replace(p, material=material) if p.index == index else p for p in self.parts)
         return replace(self, parts=parts)
@@ -618,7 +619,7 @@ class _Object:
         return next(part.material for part in self.parts if part.index == index)
 
 
-def _draw_kind(draw: _Draw, patterned: float, small: bool) -> str:
+def _draw_kind(draw: Draw, patterned: float, small: bool) -> str:
     """A pattern with this probability, else a plain kind."""
     textured, plain = draw.chance(patterned), draw.pick(PLAIN)
     pattern = draw.pick(_ON_SMALL_PARTS if small else TEXTURED)
@@ -626,10 +627,10 @@ def _draw_kind(draw: _Draw, patterned: float, small: bool) -> str:
 
 
 def _dress(
-    draw: _Draw, shapes: Sequence[Shape], half: float, patterned: float, unlike: _Object | None = None
-) -> list[_Part]:
+    draw: Draw, shapes: Sequence[Shape], half: float, patterned: float, unlike: SceneObject | None = None
+) -> list[Part]:
     """Materials for the shapes, first colours apart from the parts before (and from the object `unlike`)."""
-    parts: list[_Part] = []
+    parts: list[Part] = []
     for index, shape in enumerate(shapes, start=1):
         narrow = 2 * min(min(shape.half_size), half)
         width = min(draw.uniform(0.15, 0.27) * half, max(narrow / 2.4, 0.12 * half))
@@ -638,18 +639,18 @@ def _dress(
             avoid.append(_first_colour(unlike.material(index)))
         material = _material(draw, _draw_kind(draw, patterned, narrow < 0.45 * half), width, avoid)
         relief = 0.1 + 0.12 * min(narrow / half, 1)
-        parts.append(_Part(shape, material, index, 0.5 + 0.035 * index, relief))
+        parts.append(Part(shape, material, index, 0.5 + 0.035 * index, relief))
     return parts
 
 
-def _build_object(class_name: str, draw: _Draw, texture: float, unlike: _Object | None = None) -> _Object:
+def _build_object(class_name: str, draw: Draw, texture: float, unlike: SceneObject | None = None) -> SceneObject:
     shapes = _BUILDERS[class_name](draw)
     x0, y0, x1, y1 = union(*shapes).bounds
     wide, high = (x1 - x0) / 2, (y1 - y0) / 2
     # Between the longer side and the mean of both: long thin objects may be longer, or their parts get tiny.
     half = 0.5 * max(wide, high) + 0.5 * math.sqrt(wide * high)
     parts = _dress(draw, shapes, half, _TEXTURED_SHARE * texture, unlike)
-    return _Object(tuple(parts), ((x0 + x1) / 2, (y0 + y1) / 2), half)
+    return SceneObject(tuple(parts), ((x0 + x1) / 2, (y0 + y1) / 2), half)
 
 
 # ------------------------------------------------------------------------------------------------------ pose
@@ -678,7 +679,7 @@ def _project(m: Matrix, x: float, y: float) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class _Pose:
+class Pose:
     """How an object stands in the frame.
 
     degrees: rotation. fill: side of the object as a share of the frame's. place_x, place_y: -1..1 of the room
@@ -697,9 +698,9 @@ class _Pose:
     mirror: int
 
 
-def _draw_poses(draw: _Draw, amount: float, fill: tuple[float, float]) -> tuple[_Pose, _Pose]:
+def _draw_poses(draw: Draw, amount: float, fill: tuple[float, float]) -> tuple[Pose, Pose]:
     """Frame A's pose and frame B's; with amount 0 they are equal."""
-    a = _Pose(
+    a = Pose(
         degrees=draw.around(18),
         fill=draw.uniform(*fill),
         place_x=draw.around(1),
@@ -711,7 +712,7 @@ def _draw_poses(draw: _Draw, amount: float, fill: tuple[float, float]) -> tuple[
         mirror=draw.pick((-1, 1)),
     )
     scale = 1 + amount * (draw.uniform(0.75, 1.3) - 1)
-    b = _Pose(
+    b = Pose(
         degrees=a.degrees + amount * draw.around(35),
         fill=min(max(a.fill * scale, 0.85 * fill[0]), 1.06 * fill[1]),
         place_x=a.place_x + amount * (draw.around(1) - a.place_x),
@@ -725,7 +726,7 @@ def _draw_poses(draw: _Draw, amount: float, fill: tuple[float, float]) -> tuple[
     return a, b
 
 
-def _view(pose: _Pose, thing: _Object, size: int, inside: bool = True) -> Matrix:
+def object_view(pose: Pose, thing: SceneObject, size: int, inside: bool = True) -> Matrix:
     """Object units to pixels. `inside`: shrink and place the object so that all of it is in the frame."""
     cos, sin = math.cos(math.radians(pose.degrees)), math.sin(math.radians(pose.degrees))
     unit = 1 / thing.half
@@ -763,7 +764,7 @@ def _corners(bounds: Bounds) -> tuple[tuple[float, float], ...]:
 
 
 @dataclass(frozen=True)
-class _Light:
+class Light:
     """Every number is one factor: red, green, blue (exposure times tint), slope over the frame, direction."""
 
     red: float
@@ -774,18 +775,18 @@ class _Light:
     towards_x: float
     towards_y: float
 
-    def blend(self, other: _Light, amount: float) -> _Light:
+    def blend(self, other: Light, amount: float) -> Light:
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return _Light(*(a + amount * (b - a) for a, b in pairs))
+        return Light(*(a + amount * (b - a) for a, b in pairs))
 
 
-def _draw_light(draw: _Draw) -> _Light:
+def _draw_light(draw: Draw) -> Light:
     exposure = draw.uniform(0.74, 1.14)
     tint = [1 + draw.around(0.1) for _ in range(3)]
     slope, angle = draw.uniform(0, 0.24), draw.uniform(0, 2 * math.pi)
     # The light comes rather from above: -y.
     towards = math.radians(-90 + draw.around(75))
-    return _Light(
+    return Light(
         *(exposure * channel for channel in tint),
         slope_x=slope * math.cos(angle),
         slope_y=slope * math.sin(angle),
@@ -799,13 +800,13 @@ class _Backdrop:
     """Background in frame coordinates (-1..1 over the frame): a material, blobs before it, and its depth."""
 
     material: Material
-    blobs: tuple[_Part, ...]
+    blobs: tuple[Part, ...]
     far: float  # inverse depth at the top of the frame
     rise: float  # how much nearer the bottom is
     lean: float  # how much nearer the right side is than the left
 
 
-def _draw_backdrop(draw: _Draw, texture: float, avoid: Sequence[Colour]) -> _Backdrop:
+def draw_backdrop(draw: Draw, texture: float, avoid: Sequence[Colour]) -> _Backdrop:
     """A calm background that contrasts with the object's colours."""
     textured = draw.chance(_TEXTURED_BACKDROPS * texture)
     pattern = draw.pick(("noise", "noise", "stripes", "checks", "dots"))
@@ -821,7 +822,7 @@ def _draw_backdrop(draw: _Draw, texture: float, avoid: Sequence[Colour]) -> _Bac
         place = (draw.pick((-1, 1)) * draw.uniform(0.5, 0.9), draw.around(0.95))
         shape = rotated(shape_of(*place, *side), draw.around(40))
         surface = _material(draw, draw.pick(PLAIN), 0.2, [_first_colour(material)])
-        blobs.append(_Part(shape, surface, index=0, base=0.3, relief=0.06))
+        blobs.append(Part(shape, surface, index=0, base=0.3, relief=0.06))
     return _Backdrop(
         material,
         tuple(blobs),
@@ -834,7 +835,7 @@ def _draw_backdrop(draw: _Draw, texture: float, avoid: Sequence[Colour]) -> _Bac
 # ------------------------------------------------------------------------------------------------- rendering
 
 
-class _Frame:
+class Frame:
     """A frame being painted, float32; colour as [3, S, S] (long rows are faster than pixels of 3)."""
 
     def __init__(self, size: int) -> None:
@@ -844,7 +845,7 @@ class _Frame:
         self.parts = np.zeros((size, size), np.uint8)
         self.centres = np.arange(size, dtype=np.float32) + np.float32(0.5)
 
-    def backdrop(self, backdrop: _Backdrop, light: _Light) -> None:
+    def backdrop(self, backdrop: _Backdrop, light: Light) -> None:
         """Fill the frame with the background and its blobs."""
         half = self.size / 2
         x, y = np.broadcast_arrays(self.centres[None, :] / half - 1, self.centres[:, None] / half - 1)
@@ -854,7 +855,7 @@ class _Frame:
         for blob in backdrop.blobs:
             self.part(blob, view, light, 1.0)
 
-    def part(self, part: _Part, view: Matrix, light: _Light, half: float) -> None:
+    def part(self, part: Part, view: Matrix, light: Light, half: float) -> None:
         """Paint one part over what is there, within its bounds in pixels."""
         window = self._window(part.shape, view)
         if window is None:
@@ -889,7 +890,7 @@ class _Frame:
             limits.append(slice(low, high))
         return limits[1], limits[0]
 
-    def finish(self, light: _Light) -> Rendered:
+    def finish(self, light: Light) -> Rendered:
         """Apply the light's colour and slope; image uint8 [S, S, 3], parts, depth."""
         place = self.centres * (2 / self.size) - 1
         slope = 1 + (place[None, :] * light.slope_x + place[:, None] * light.slope_y)
@@ -908,7 +909,7 @@ def _pixels_per_unit(view: Matrix, at: tuple[float, float]) -> float:
     return math.sqrt(abs(det)) / abs(w)
 
 
-def _relief(distance: Array, part: _Part, light: _Light, half: float, pixels: float) -> tuple[Array, Array]:
+def _relief(distance: Array, part: Part, light: Light, half: float, pixels: float) -> tuple[Array, Array]:
     """Height 0..1 of a pillow over the part, and the factor by which the light shades it."""
     rim = min(0.32 * half, 0.8 * min(part.shape.half_size))  # from the edge to where the pillow is flat
     inward = np.clip(distance * (-1 / rim), 0, 1)
@@ -921,12 +922,12 @@ def _relief(distance: Array, part: _Part, light: _Light, half: float, pixels: fl
 
 
 def _render(
-    thing: _Object, pose: _Pose, light: _Light, backdrop: _Backdrop, size: int, inside: bool = True
+    thing: SceneObject, pose: Pose, light: Light, backdrop: _Backdrop, size: int, inside: bool = True
 ) -> Rendered:
     """One frame: image uint8 [S, S, 3], parts uint8 [S, S], depth float32 [S, S]."""
-    frame = _Frame(size)
+    frame = Frame(size)
     frame.backdrop(backdrop, light)
-    view = _view(pose, thing, size, inside)
+    view = object_view(pose, thing, size, inside)
     for part in thing.parts:
         frame.part(part, view, light, thing.half)
     return frame.finish(light)
@@ -935,26 +936,30 @@ def _render(
 # ----------------------------------------------------------------------------------------------- public pairs
 
 
-def _draw_lights(seed: int, amount: float) -> tuple[_Light, _Light]:
-    draw = _Draw(seed, _LIGHT)
+def _draw_lights(seed: int, amount: float) -> tuple[Light, Light]:
+    draw = Draw(seed, _LIGHT)
     a = _draw_light(draw)
     return a, a.blend(_draw_light(draw), amount)
 
 
-def _draw_backdrops(seed: int, difficulty: Difficulty, *things: _Object) -> tuple[_Backdrop, _Backdrop]:
-    draw = _Draw(seed, _BACKDROP)
+def _draw_backdrops(seed: int, difficulty: Difficulty, *things: SceneObject) -> tuple[_Backdrop, _Backdrop]:
+    draw = Draw(seed, _BACKDROP)
     avoid = [_first_colour(part.material) for thing in things for part in thing.parts]
-    a = _draw_backdrop(draw, difficulty.texture, avoid)
+    a = draw_backdrop(draw, difficulty.texture, avoid)
     another = draw.chance(difficulty.background)
-    return a, _draw_backdrop(draw, difficulty.texture, avoid) if another else a
+    return a, draw_backdrop(draw, difficulty.texture, avoid) if another else a
 
 
 _OBJECT_FILL = (0.62, 0.84)  # frame A's side of the object; frame B may go a little beyond
+_MOVED_FILL = (0.36, 0.6)  # leaves room to move to
+_FALL_OFF = 2.5  # how much steeper the light is there
+_SHADOW = 0.09  # how far an object's shadow falls, as a share of the frame
+_SHADOW_DEPTH = 0.55
 _SCENE_FILL = (1.05, 1.3)  # textured scenes go over the edge
 
 
-def _draw_first_object(seed: int, texture: float) -> tuple[str, _Object]:
-    draw = _Draw(seed, _OBJECT)
+def _draw_first_object(seed: int, texture: float) -> tuple[str, SceneObject]:
+    draw = Draw(seed, _OBJECT)
     class_name = draw.pick(CLASSES)
     return class_name, _build_object(class_name, draw, texture)
 
@@ -966,7 +971,7 @@ def _pair(a: Rendered, b: Rendered, class_name: str, truth: Array) -> FramePair:
 def render_pair(seed: int, size: int = 128, difficulty: Difficulty = FULL_DIFFICULTY) -> FramePair:
     """One object seen twice. seed >= 0; the truth is the source. The scene does not depend on the size."""
     class_name, thing = _draw_first_object(seed, difficulty.texture)
-    poses = _draw_poses(_Draw(seed, _POSE), difficulty.pose, _OBJECT_FILL)
+    poses = _draw_poses(Draw(seed, _POSE), difficulty.pose, _OBJECT_FILL)
     lights = _draw_lights(seed, difficulty.light)
     backdrops = _draw_backdrops(seed, difficulty, thing)
     a, b = (_render(thing, poses[k], lights[k], backdrops[k], size) for k in range(2))
@@ -983,13 +988,13 @@ def render_between_objects(
     """
     texture = difficulty.texture
     class_name, thing = _draw_first_object(seed, texture)
-    other = _build_object(class_name, _Draw(seed, _OTHER_OBJECT), texture, unlike=thing)
-    poses = _draw_poses(_Draw(seed, _POSE), difficulty.pose, _OBJECT_FILL)
+    other = _build_object(class_name, Draw(seed, _OTHER_OBJECT), texture, unlike=thing)
+    poses = _draw_poses(Draw(seed, _POSE), difficulty.pose, _OBJECT_FILL)
     lights = _draw_lights(seed, difficulty.light)
     backdrops = _draw_backdrops(seed, difficulty, thing, other)
     a = _render(thing, poses[0], lights[0], backdrops[0], size)
     b = _render(other, poses[1], lights[1], backdrops[1], size)
-    index = _large_part(_Draw(seed, _CHOICE), a[1], b[1])
+    index = _large_part(Draw(seed, _CHOICE), a[1], b[1])
     edited = thing.with_material(index, other.material(index))
     repainted = _render(edited, poses[0], lights[0], backdrops[0], size)[0]
     # A part also shines faintly through the antialiased edges of the parts upon it: those pixels stay.
@@ -997,7 +1002,71 @@ def render_between_objects(
     return _pair(a, b, class_name, truth), index
 
 
-def _large_part(draw: _Draw, parts: Array, reference_parts: Array) -> int:
+@dataclass(frozen=True)
+class MovedObject:
+    """A scene before and after its object was moved, scaled and turned: same light, same background.
+
+    original, target: uint8 [S, S, 3]. before, after: bool [S, S], where the object is in each.
+    scale, degrees, x, y: the change of the object about the centre of its bounding box in `original`: larger, turned
+    clockwise, then moved by pixels to the right and down.
+    """
+
+    original: Array
+    target: Array
+    before: Array
+    after: Array
+    scale: float
+    degrees: float
+    x: float
+    y: float
+
+
+def render_move(seed: int, size: int = 128, texture: float = CLIP_LIKE.texture) -> MovedObject:
+    """One object of `render_pair`'s, smaller, seen before and after a move. seed >= 0.
+
+    The light falls off across the frame and the object throws a shadow: neither moves along with its pixels.
+    """
+    _, thing = _draw_first_object(seed, texture)
+    first, second = _draw_poses(Draw(seed, _POSE), 1.0, _MOVED_FILL)
+    # What no user can do to a picture does not change: shear, perspective, the side it is seen from.
+    second = replace(first, degrees=second.degrees, fill=second.fill, place_x=second.place_x, place_y=second.place_y)
+    light, _ = _draw_lights(seed, 0.0)
+    light = replace(light, slope_x=_FALL_OFF * light.slope_x, slope_y=_FALL_OFF * light.slope_y)
+    backdrop, _ = _draw_backdrops(seed, replace(FULL_DIFFICULTY, background=0.0, texture=texture), thing)
+    empty = Frame(size)
+    empty.backdrop(backdrop, light)
+    ground = empty.finish(light)[0]
+    before, after = (_render(thing, pose, light, backdrop, size) for pose in (first, second))
+    moved = _product(object_view(second, thing, size), _inverse(object_view(first, thing, size)))
+    box = bounding_box(before[1] > 0)
+    centre = box.x + box.width / 2, box.y + box.height / 2
+    x, y = _project(moved, *centre)
+    down, across = moved[1][0] / moved[2][2], moved[0][0] / moved[2][2]
+    return MovedObject(
+        original=_with_shadow(before, ground, light),
+        target=_with_shadow(after, ground, light),
+        before=before[1] > 0,
+        after=after[1] > 0,
+        scale=math.hypot(down, across),
+        degrees=math.degrees(math.atan2(down, across)),
+        x=x - centre[0],
+        y=y - centre[1],
+    )
+
+
+def _with_shadow(rendered: Rendered, ground: Array, light: Light) -> Array:
+    """The frame with its object's soft shadow on the empty `ground` uint8 [S, S, 3], away from the light."""
+    image, parts, _ = rendered
+    size = len(parts)
+    away = (round(-light.towards_x * _SHADOW * size), round(-light.towards_y * _SHADOW * size))
+    thrown = Image.new("L", (size, size))
+    thrown.paste(Image.fromarray(np.where(parts > 0, np.uint8(255), np.uint8(0))), away)
+    shade = 1 - _SHADOW_DEPTH / 255 * np.asarray(thrown.filter(ImageFilter.BoxBlur(size / 40)), np.float32)
+    darkened = (ground * shade[..., None] + 0.5).astype(np.uint8)
+    return np.where(parts[..., None] > 0, image, darkened)
+
+
+def _large_part(draw: Draw, parts: Array, reference_parts: Array) -> int:
     """A part that is large enough in both frames; if there is none, the one that comes closest."""
     counts = np.minimum(*(np.bincount(p.ravel(), minlength=256) for p in (parts, reference_parts)))
     counts[0] = 0
@@ -1005,7 +1074,7 @@ def _large_part(draw: _Draw, parts: Array, reference_parts: Array) -> int:
     return int(draw.pick(large)) if len(large) else int(counts.argmax())
 
 
-def _random_shape(draw: _Draw, reach: float) -> Shape:
+def _random_shape(draw: Draw, reach: float) -> Shape:
     """Any simple shape, about `reach` in radius, somewhere around the middle."""
     cx, cy = draw.around(0.75), draw.around(0.75)
     rx, ry = reach * draw.uniform(0.7, 1.1), reach * draw.uniform(0.7, 1.1)
@@ -1029,16 +1098,16 @@ def render_textured_scene(seed: int, size: int = 128, difficulty: Difficulty = F
     3 to 8 regions: region 1 is the plane behind, which moves with the rest, so no pixel has index 0 and
     Difficulty.background changes nothing here. Regions may be cut by the frame.
     """
-    draw = _Draw(seed, _TEXTURED)
+    draw = Draw(seed, _TEXTURED)
     count = draw.integer(3, 8)
     # Large shapes first: the small ones would vanish below them.
     shapes = [plane()] + [_random_shape(draw, 0.62 - 0.3 * k / count) for k in range(1, count)]
     parts = _dress(draw, shapes, 1.0, _TEXTURED_REGIONS * difficulty.texture)
     ground = replace(parts[0], base=0.15, relief=0.0)
     parts = [ground] + [replace(p, base=0.25 + 0.07 * p.index, relief=min(p.relief, 0.15)) for p in parts[1:]]
-    thing = _Object(tuple(parts), (0.0, 0.0), 1.0)
-    poses = _draw_poses(_Draw(seed, _POSE), difficulty.pose, _SCENE_FILL)
+    thing = SceneObject(tuple(parts), (0.0, 0.0), 1.0)
+    poses = _draw_poses(Draw(seed, _POSE), difficulty.pose, _SCENE_FILL)
     lights = _draw_lights(seed, difficulty.light)
-    backdrop = _draw_backdrop(_Draw(seed, _BACKDROP), 0.0, [])
+    backdrop = draw_backdrop(Draw(seed, _BACKDROP), 0.0, [])
     a, b = (_render(thing, poses[k], lights[k], backdrop, size, inside=False) for k in range(2))
     return _pair(a, b, "textured", a[0])

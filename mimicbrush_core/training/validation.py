@@ -8,13 +8,13 @@ from dataclasses import replace
 from ..evaluation.evaluate import KINDS, Results, add_judged, started
 from ..evaluation.report import sheet, summary
 from ..evaluation.track import Case
-from ..systems.mimicbrush import MimicBrush
+from ..repaint import Repainter
 from .samples import TrainingSample
 from .trainer import Validation
 
 
 def judge(
-    model: MimicBrush, cases: Iterable[Case], steps: int | None = None, guidance: float | None = None, at_once: int = 8
+    model: Repainter, cases: Iterable[Case], steps: int | None = None, guidance: float | None = None, at_once: int = 8
 ) -> Validation:
     """Masked PSNR in dB by set, and a sheet of the first cases; steps, guidance: None = the model's defaults."""
     results = started(model, steps, guidance)
