@@ -8,6 +8,8 @@ These layouts are read:
 * of Paint by Example the published diffusers folder, and the original checkpoint;
 * of Magic Fixup the original checkpoint.
 
+Nobody has published a SmartBrush: its single files come from this project's training.
+
 The configurations of published models are bundled here.
 """
 
@@ -30,6 +32,7 @@ from .modules import (
     MODULES,
     PAINT_BY_EXAMPLE,
     PUBLISHED_CONFIG,
+    SMARTBRUSH,
     TITLES,
     Parts,
     build_part,
@@ -49,6 +52,7 @@ from .recognition import (
     recognise,
     unwrapped,
 )
+from .text import make_tokenizer
 from .weight_files import (
     AGAIN,
     SAFETENSORS,
@@ -97,6 +101,7 @@ CONFIG_SECTIONS = {
     MIMICBRUSH: ("unet", "image_encoder", "depth_projector", "depth_network", "vae", "scheduler", "defaults"),
     PAINT_BY_EXAMPLE: ("unet", "exemplar_encoder", "vae", "scheduler", "defaults"),
     MAGIC_FIXUP: ("unet", "vae", "scheduler", "defaults"),
+    SMARTBRUSH: ("unet", "text_encoder", "tokenizer", "vae", "scheduler", "defaults"),
 }
 
 EXEMPLAR_FOLDERS = {
@@ -119,9 +124,9 @@ EXEMPLAR_SOURCE = (
 )
 
 
-def embedded_model_path() -> Path:
-    """The small model shipped inside the package."""
-    return Path(str(files(__package__).joinpath("assets", "mimicbrush_small.safetensors")))
+def embedded_model_path(system: str = MIMICBRUSH) -> Path:
+    """The small model of a system that is shipped inside the package."""
+    return Path(str(files(__package__).joinpath("assets", f"{system.replace('-', '_')}_small.safetensors")))
 
 
 def load_modules(
@@ -136,7 +141,7 @@ def load_modules(
     """Load a model on the CPU; returns its modules (the depth network always float32) and configuration.
 
     path: a single-file model; `mimicbrush.bin`, or the folder of the original release; the diffusers folder or the
-        original checkpoint of Paint by Example; the original checkpoint of Magic Fixup.
+        original checkpoint of Paint by Example; the original checkpoint of Magic Fixup (or the folder it is alone in).
     vae, depth: files or folders to use instead of the release's own: a diffusers VAE folder or a single-file
         SD-1.5 VAE; an official Depth Anything file or a transformers folder.
     config: for original files of other sizes than SD-1.5's.
@@ -184,7 +189,7 @@ def open_model(
 
     system: None takes any.
     """
-    path = Path(path)
+    path = _checkpoint_inside(Path(path))
     file = SafetensorsFile(path) if not is_folder(path) and file_format(path) == SAFETENSORS else None
     if file is not None and METADATA_KEY in file.metadata:
         source = SingleFile(file)
@@ -213,6 +218,7 @@ def open_model(
 _EXPECTED = {
     PAINT_BY_EXAMPLE: "its diffusers folder (with unet, vae and image_encoder), its original checkpoint",
     MAGIC_FIXUP: "its original checkpoint",
+    SMARTBRUSH: "a file of its training (nobody has published weights)",
 }
 
 
@@ -296,7 +302,16 @@ def _checked_config(text: str, path: Path) -> dict:
                 f"{path}: the configuration in its header has no {section!r}; expected are "
                 f"{', '.join(sections)}. Convert or download the file again."
             )
+    if "tokenizer" in sections:
+        _check_tokenizer(config, path)
     return config
+
+
+def _check_tokenizer(config: dict, path: Path) -> None:
+    try:
+        make_tokenizer(config)
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from error
 
 
 # --- the original release ----------------------------------------------------------------------------------
@@ -406,6 +421,14 @@ def is_exemplar(path: Path) -> bool:
 def is_fixup(path: Path) -> bool:
     """Whether this is Magic Fixup as published, by what it holds."""
     return not is_folder(path) and _checkpoint_kind(path) is FIXUP_CHECKPOINT
+
+
+def _checkpoint_inside(path: Path) -> Path:
+    """The original checkpoint that is the only weight file of a folder, as a download leaves it; else the path."""
+    if not is_folder(path):
+        return path
+    inside = [file for file in path.rglob("*") if file.suffix in WEIGHT_SUFFIXES]
+    return inside[0] if len(inside) == 1 and _checkpoint_kind(inside[0]) in CHECKPOINT_FILES else path
 
 
 def _checkpoint_kind(path: Path) -> Kind:

@@ -244,9 +244,7 @@ def color_matched(raw: np.ndarray, part: np.ndarray, mask: np.ndarray, settings:
 
 def pasted(source: np.ndarray, raw: np.ndarray, alpha: np.ndarray, window: masks.CropWindow) -> np.ndarray:
     """One picture, uint8 [H,W,3], with the edit of `window` blended in as the original does it."""
-    picture = source.copy()
-    picture[window.slices] = masks.paste_back(raw, source[window.slices], alpha[window.slices])
-    return picture
+    return window.placed(masks.paste_back(raw, source[window.slices], alpha[window.slices]), source)
 
 
 def pasted_batch(sources: Tensor, raw: Tensor, alpha: np.ndarray, window: masks.CropWindow) -> Tensor:

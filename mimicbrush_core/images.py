@@ -72,6 +72,11 @@ class Picture:
         """(width, height), Pillow's order."""
         return self.rgb.shape[1], self.rgb.shape[0]
 
+    def layer(self) -> np.ndarray:
+        """The picture with its transparency, uint8 `[H, W, 4]`; opaque where it has none."""
+        alpha = np.full_like(self.rgb[..., 0], 255) if self.alpha is None else self.alpha
+        return np.dstack([self.rgb, alpha])
+
     def over_white(self) -> np.ndarray:
         """The picture laid on white by its alpha, uint8 `[H, W, 3]`; `rgb` itself if all is opaque."""
         if self.alpha is None or bool((self.alpha == 255).all()):

@@ -26,10 +26,27 @@ _VISION_MODEL = "vision_model."
 
 def vision_model_keys(state: Mapping[str, Tensor], like: Mapping[str, Tensor], root: str = "") -> State:
     """A CLIP vision model under `root`: transformers' inner level `vision_model.`, gone in 5.x, as `like` has it."""
-    inner = root + _VISION_MODEL
+    return _with_level(state, like, root, _VISION_MODEL)
+
+
+def text_encoder_keys(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> State:
+    """A CLIP text model: transformers' inner level `text_model.`, gone in 5.x, as `like` has it.
+
+    Left out: the `position_ids` buffer of transformers 4.25.
+    """
+    stored = {key: value for key, value in state.items() if not key.endswith("embeddings.position_ids")}
+    return _with_level(stored, like, "", _TEXT_MODEL)
+
+
+_TEXT_MODEL = "text_model."
+
+
+def _with_level(state: Mapping[str, Tensor], like: Mapping[str, Tensor], root: str, level: str) -> State:
+    """What is under `root`: one level of names more or less, as `like` has it."""
+    inner = root + level
     wanted = inner if any(key.startswith(inner) for key in like) else root
     return {
-        wanted + key.removeprefix(root).removeprefix(_VISION_MODEL) if key.startswith(root) else key: value
+        wanted + key.removeprefix(root).removeprefix(level) if key.startswith(root) else key: value
         for key, value in state.items()
     }
 
@@ -42,6 +59,8 @@ def other_transformers_keys(part: str, state: Mapping[str, Tensor], like: Mappin
         return vision_model_keys(state, like)
     if part == "exemplar_encoder":
         return exemplar_encoder_keys(state, like)
+    if part == "text_encoder":
+        return text_encoder_keys(state, like)
     return dict(state)
 
 

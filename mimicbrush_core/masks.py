@@ -330,6 +330,12 @@ class CropWindow:
         """(rows, columns), to index `[H, W, ...]` arrays with."""
         return slice(self.y, self.y + self.height), slice(self.x, self.x + self.width)
 
+    def placed(self, part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+        """A copy of `whole` `[H, W, ...]` with `part` in this window."""
+        result = whole.copy()
+        result[self.slices] = part
+        return result
+
     def joined(self, other: "CropWindow") -> "CropWindow":
         """The smallest window that holds both."""
         left, top = min(self.x, other.x), min(self.y, other.y)

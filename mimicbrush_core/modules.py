@@ -11,6 +11,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
     DepthAnythingConfig,
@@ -63,22 +65,39 @@ class FixupModules(Parts):
     vae: nn.Module
 
 
-MIMICBRUSH, PAINT_BY_EXAMPLE, MAGIC_FIXUP = "mimicbrush", "paint-by-example", "magic-fixup"
+@dataclass
+class BrushModules(Parts):
+    """The networks of one SmartBrush."""
+
+    unet: nn.Module  # 5 input channels, 5 output channels; its class embedding is of the mask's precision
+    text_encoder: nn.Module
+    vae: nn.Module
+
+
+MIMICBRUSH, PAINT_BY_EXAMPLE = "mimicbrush", "paint-by-example"
+MAGIC_FIXUP, SMARTBRUSH = "magic-fixup", "smartbrush"
 """Systems, as a configuration's `system` names them."""
 
-TITLES = {MIMICBRUSH: "MimicBrush", PAINT_BY_EXAMPLE: "Paint by Example", MAGIC_FIXUP: "Magic Fixup"}
+TITLES = {
+    MIMICBRUSH: "MimicBrush",
+    PAINT_BY_EXAMPLE: "Paint by Example",
+    MAGIC_FIXUP: "Magic Fixup",
+    SMARTBRUSH: "SmartBrush",
+}
 
 MODULES: dict[str, type[Parts]] = {
     MIMICBRUSH: Modules,
     PAINT_BY_EXAMPLE: ExemplarModules,
     MAGIC_FIXUP: FixupModules,
+    SMARTBRUSH: BrushModules,
 }
 PUBLISHED_CONFIG = {
     MIMICBRUSH: "mimicbrush_sd15",
     PAINT_BY_EXAMPLE: "paint_by_example",
     MAGIC_FIXUP: "magic_fixup",
+    SMARTBRUSH: "smartbrush",
 }
-"""System -> the bundled configuration of the published model."""
+"""System -> the bundled configuration of the published model; nobody published SmartBrush's: of one of that size."""
 
 
 def parts_of(config: dict) -> tuple[str, ...]:
@@ -208,6 +227,10 @@ def _build_exemplar_encoder(config: dict) -> nn.Module:
     return ExemplarEncoder(vision, mapper_layers, config["unet"]["cross_attention_dim"])
 
 
+def _build_text_encoder(config: dict) -> nn.Module:
+    return CLIPTextModel(CLIPTextConfig(**config["text_encoder"]))
+
+
 def _build_image_projection(config: dict) -> nn.Module:
     return ImageProjection(config["image_encoder"]["hidden_size"], config["unet"]["cross_attention_dim"])
 
@@ -258,6 +281,7 @@ _BUILDERS = {
     "detail_extractor": _build_detail_extractor,
     "image_encoder": _build_image_encoder,
     "exemplar_encoder": _build_exemplar_encoder,
+    "text_encoder": _build_text_encoder,
     "image_projection": _build_image_projection,
     "depth_projector": _build_depth_projector,
     "vae": _build_vae,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .keys import LDM_EXTRACTOR_PREFIX
-from .modules import MAGIC_FIXUP, MIMICBRUSH, MODULES, PAINT_BY_EXAMPLE, parts_of
+from .modules import MAGIC_FIXUP, MIMICBRUSH, MODULES, PAINT_BY_EXAMPLE, SMARTBRUSH, parts_of
 
 OPENRAIL = "CreativeML OpenRAIL-M where it is the published one; fine-tunes may add terms: see docs/licences.md"
 UNKNOWN_LICENCE = "unknown; see where the file comes from"
@@ -73,6 +73,24 @@ def _fixup(name: str, title: str, use: str = MODEL, hint: str = "") -> Kind:
 FIXUP_FILE = _fixup("magic-fixup", "Magic Fixup, converted to one file")
 FIXUP_CHECKPOINT = _fixup("magic-fixup-original", "Magic Fixup, original checkpoint")
 
+
+def _brush(name: str, title: str, use: str = MODEL, hint: str = "") -> Kind:
+    return Kind(name, title, use, "of whoever trained it; nobody has published any weights: see docs/licences.md", hint)
+
+
+BRUSH_FILE = _brush(
+    "smartbrush",
+    "SmartBrush, in one file",
+    MODEL,
+    "SmartBrush has no public weights: these come from someone's own training, e.g. `mimicbrush train`.",
+)
+BRUSH_UNET = _brush(
+    "smartbrush-unet",
+    "U-Net of SmartBrush (5 channels)",
+    NOTHING,
+    "It is one part of a model; give the whole file, as `mimicbrush train` writes it.",
+)
+
 _HEADER_HINT = "Another program saved it again and dropped the header. Convert the original files again."
 _HEADERLESS_TITLE = "{} tensors without the configuration in the header"
 HEADERLESS = {
@@ -81,10 +99,16 @@ HEADERLESS = {
         "paint-by-example-headerless", _HEADERLESS_TITLE.format("Paint by Example"), NOTHING, _HEADER_HINT
     ),
     MAGIC_FIXUP: _fixup("magic-fixup-headerless", _HEADERLESS_TITLE.format("Magic Fixup"), NOTHING, _HEADER_HINT),
+    SMARTBRUSH: _brush("smartbrush-headerless", _HEADERLESS_TITLE.format("SmartBrush"), NOTHING, _HEADER_HINT),
 }
 """System -> its converted file, saved again by another program."""
 
-SINGLE_FILES = {MIMICBRUSH: SINGLE_FILE, PAINT_BY_EXAMPLE: EXEMPLAR_FILE, MAGIC_FIXUP: FIXUP_FILE}
+SINGLE_FILES = {
+    MIMICBRUSH: SINGLE_FILE,
+    PAINT_BY_EXAMPLE: EXEMPLAR_FILE,
+    MAGIC_FIXUP: FIXUP_FILE,
+    SMARTBRUSH: BRUSH_FILE,
+}
 """System -> what its converted file is."""
 
 _VAE_LICENCE = "as the Stable Diffusion 1.x it is of (CreativeML OpenRAIL-M); sd-vae-ft-mse: MIT; see docs/licences.md"
@@ -119,13 +143,6 @@ SD_INPAINT_UNET = Kind(
     NOTHING,
     OPENRAIL,
     "MimicBrush brings its own U-Nets. Of Paint by Example give the whole folder.",
-)
-SMARTBRUSH_UNET = Kind(
-    "smartbrush",
-    "U-Net of SmartBrush (5 channels)",
-    NOTHING,
-    UNKNOWN_LICENCE,
-    "This version runs MimicBrush, Paint by Example and Magic Fixup.",
 )
 DEPTH_OFFICIAL = Kind(
     "depth-anything",
@@ -272,7 +289,7 @@ def _unet_of(state: Mapping) -> Kind | None:
             return UNET_PART
         if channels == 4 and "conv_out.weight" not in state:
             return REFERENCE_PART
-        return {5: SMARTBRUSH_UNET, 9: SD_INPAINT_UNET}.get(channels, SD_UNET)
+        return {5: BRUSH_UNET, 9: SD_INPAINT_UNET}.get(channels, SD_UNET)
     if _has(state, "input_blocks.", "middle_block.", "output_blocks."):
         return SD_INPAINT_UNET if _side(state, "input_blocks.0.0.weight", 1) == 9 else SD_UNET
     if set(state) and _has(state, "conv_in.", "blocks.0.", "conv_out."):

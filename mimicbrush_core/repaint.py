@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import editing, images, masks
-from .checkpoints import load_modules
+from .checkpoints import embedded_model_path, load_modules
 from .editing import BatchResult, EditResult, Progress, RepaintSettings, Reporter
 from .encoders import decode_latents, encode_latents
 from .errors import ArgumentError
@@ -44,11 +44,13 @@ class Work:
     condition(index, part, mask): of picture number `index`, whose window is `part` uint8 [h,w,3], its mask [h,w].
     sample(condition, draw, scheduler, report) -> latents [B,4,h,w]; all its randomness is drawn from `draw`.
     features: how many features of references are written ahead in the course of it.
+    region(index, mask): asked for after the sampling, what of its mask [h,w] was repainted; default: all.
     """
 
     condition: Callable[[int, np.ndarray, np.ndarray], Condition]
     sample: Callable[[Condition, Draw, object, Reporter], Tensor]
     features: int = 0
+    region: Callable[[int, np.ndarray], np.ndarray] = lambda index, mask: mask
 
 
 Begin = Callable[[Sequence[np.ndarray], Sequence[np.ndarray], masks.CropWindow, RepaintSettings], Work]
@@ -70,14 +72,17 @@ class Repainter:
     @classmethod
     def load(
         cls,
-        path: str | os.PathLike,
+        path: str | os.PathLike | None = None,
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         **files,
     ):
-        """Load a model onto a device; `files` as in `checkpoints.load_modules`. Raises ModelFileError."""
-        modules, config = load_modules(path, system=cls.system, dtype=dtype, **files)
+        """Load a model onto a device; default: the system's embedded one. `files` as in `checkpoints.load_modules`.
+
+        Raises ModelFileError.
+        """
+        modules, config = load_modules(path or embedded_model_path(cls.system), system=cls.system, dtype=dtype, **files)
         return cls(modules, config).to(device)
 
     def to(self, device: str | torch.device):
@@ -158,7 +163,7 @@ class Repainter:
         masks.check_mask(mask, *source.shape[:2])
         settings = self._completed(settings, size)
         window = editing.edit_window([masks.binarize(mask).astype(np.float32)], settings)
-        [raw] = self._repaint([source], [mask], window, settings, begin, on_progress)
+        [raw], [mask] = self._repaint([source], [mask], window, settings, begin, on_progress)
         alpha = editing.opacity(mask, window, settings)
         return EditResult(editing.pasted(source, raw, alpha, window), raw, alpha, window, settings)
 
@@ -179,7 +184,7 @@ class Repainter:
         settings = self._completed(settings, size)
         window = editing.edit_window(mask_list, settings)
         source_list, mask_list = editing.repeated(source_list, count), editing.repeated(mask_list, count)
-        raw_list = self._repaint(source_list, mask_list, window, settings, begin, on_progress)
+        raw_list, mask_list = self._repaint(source_list, mask_list, window, settings, begin, on_progress)
 
         alpha = np.stack([editing.opacity(one, window, settings, soft=True) for one in mask_list])
         raw = torch.from_numpy(np.stack(raw_list)).float() / 255
@@ -194,12 +199,15 @@ class Repainter:
         settings: RepaintSettings,
         begin: Begin,
         on_progress: Callable[[Progress], None] | None,
-    ) -> list[np.ndarray]:
-        """The model's answers for the window of each picture, uint8 [h,w,3]; where nothing is masked, the source."""
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """The model's answers for the window of each picture, uint8 [h,w,3], and the masks [H,W] of what they repaint.
+
+        Where nothing is masked, the answer is the source.
+        """
         work = begin(sources, mask_list, window, settings)
         parts = [source[window.slices] for source in sources]
         part_masks = [mask[window.slices] for mask in mask_list]
-        answers = list(parts)
+        answers, regions = list(parts), list(mask_list)
         seeds = settings.seeds(len(parts))
         to_do = [index for index, mask in enumerate(part_masks) if masks.binarize(mask).any()]
         chunks = [to_do[start : start + settings.at_once] for start in range(0, len(to_do), settings.at_once)]
@@ -213,8 +221,10 @@ class Repainter:
             latents = work.sample(conditions[0].of(conditions), draw, self._scheduler(settings), report)
             for index, latent in zip(chunk, latents.split(1), strict=True):  # the decoder needs the most memory
                 raw = self._fitted(self.decode(latent)[0], *parts[index].shape[:2])
-                answers[index] = editing.color_matched(raw, parts[index], part_masks[index], settings)
-        return answers
+                region = work.region(index, part_masks[index])
+                answers[index] = editing.color_matched(raw, parts[index], region, settings)
+                regions[index] = window.placed(region, mask_list[index])
+        return answers, regions
 
     def _fitted(self, square: np.ndarray, height: int, width: int) -> np.ndarray:
         """The model's square answer -> uint8 [height,width,3]: scaled to the long side, padding cropped."""

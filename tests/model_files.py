@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mimicbrush_core.checkpoints import ORIGINAL_PART_NAMES, header_metadata, save_modules
-from mimicbrush_core.modules import build_modules, bundled_config
+from mimicbrush_core.modules import MODULES, build_modules, bundled_config, parts_of, random_part
 
 CHECKPOINT = "mimicbrush/mimicbrush.bin"
 VAE_FOLDER, VAE = "sd-vae-ft-mse", "sd-vae-ft-mse/diffusion_pytorch_model.safetensors"
@@ -90,6 +90,14 @@ def write_micro(folder: Path) -> dict:
     save_file(modules.depth_network.state_dict(), folder / DEPTH)
     save_modules(folder / SINGLE, modules, config, torch.float32)
     return config
+
+
+def write_random(path: Path, config: dict) -> Path:
+    """A model of any system with random weights, as one file; returns its path."""
+    draw = torch.Generator().manual_seed(0)
+    parts = {name: random_part(name, config, "cpu", torch.float32, draw) for name in parts_of(config)}
+    save_modules(path, MODULES[config["system"]](**parts), config, torch.float32)
+    return path
 
 
 class World:

@@ -394,9 +394,9 @@ def test_single_file_with_a_damaged_or_foreign_configuration(single_file, tmp_pa
     path = tmp_path / "other.safetensors"
     for text in ("{not json", "[]", json.dumps({"system": "mimicbrush"})):
         assert str(path) in refusal(rewrite(single_file, path, **{METADATA_KEY: text}))
-    foreign = json.dumps({**bundled_config("mimicbrush_sd15"), "system": "smartbrush"})
+    foreign = json.dumps({**bundled_config("mimicbrush_sd15"), "system": "brushnet"})
     message = refusal(rewrite(single_file, path, **{METADATA_KEY: foreign}))
-    assert str(path) in message and "smartbrush" in message
+    assert str(path) in message and "brushnet" in message
 
 
 def test_single_file_with_wrong_keys(single_file, tmp_path):
