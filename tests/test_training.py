@@ -9,12 +9,16 @@ import torch
 from mimicbrush_core.cli import main
 from mimicbrush_core.errors import ArgumentError
 from mimicbrush_core.modules import build_modules, bundled_config
+from mimicbrush_core.systems.magic_fixup import MagicFixup
 from mimicbrush_core.systems.mimicbrush import MimicBrush
+from mimicbrush_core.systems.paint_by_example import PaintByExample
+from mimicbrush_core.systems.smartbrush import SmartBrush
 from mimicbrush_core.training import hole_masks, objective
+from mimicbrush_core.training.curriculum import Curriculum
 from mimicbrush_core.training.optimizer import MuonAdamW
-from mimicbrush_core.training.recipe import STAGES, export, run_stage
+from mimicbrush_core.training.recipe import RECIPES, export, run_stage
 from mimicbrush_core.training.scenes import CLIP_LIKE, HELD_OUT_SEED, render_pair
-from mimicbrush_core.training.tasks import Curriculum, DepthTask, ImitationTask
+from mimicbrush_core.training.tasks import DepthTask, ImitationTask
 from mimicbrush_core.training.trainer import TrainingSettings, load_averaged, train
 
 TINY = TrainingSettings(samples=8, batch=2, warmup_steps=2, precision="fp32")
@@ -107,7 +111,7 @@ def test_the_wanted_output_is_v_of_the_clean_latents(modules_and_config):
     with torch.no_grad(), task.computing():
         _, wanted = task.objective.predict(batch)
     assert torch.allclose(wanted[0], -clean[0], atol=1e-3)  # zero terminal SNR: pure regression
-    alpha = task.objective.alphas[400]
+    alpha = task.objective.denoising.alphas[400]
     assert torch.allclose(wanted[1], alpha.sqrt() * noise[1] - (1 - alpha).sqrt() * clean[1], atol=1e-5)
 
 
@@ -148,7 +152,7 @@ def test_scenes_are_used_again_with_new_masks_and_then_replaced(modules_and_conf
     first, again, later = (task._draw([index])[0] for index in (0, 4, 8))
     assert first.scene is again.scene and not np.array_equal(first.noise, again.noise)
     assert not torch.equal(first.scene.pixels, later.scene.pixels)
-    assert max(task._scene_number(index) for index in range(10_000_000, 10_000_100)) < HELD_OUT_SEED
+    assert max(task.scenes.number(index) for index in range(10_000_000, 10_000_100)) < HELD_OUT_SEED
 
 
 # --- the trainer -------------------------------------------------------------------------------------------
@@ -242,18 +246,28 @@ def test_muon_and_adam_follow_the_rates_of_their_groups_and_leave_frozen_weights
         assert {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])} == changed
 
 
-def test_stages_come_in_order_and_export_a_model(tmp_path):
-    with pytest.raises(ArgumentError, match="autoencoder"):
-        run_stage("imitation", tmp_path)
+@pytest.mark.parametrize("kind", [MimicBrush, PaintByExample, MagicFixup, SmartBrush], ids=lambda kind: kind.system)
+def test_stages_come_in_order_and_export_a_model(tmp_path, kind):
+    *earlier, last = RECIPES[kind.system]
+    with pytest.raises(ArgumentError, match=earlier[0] if kind is MimicBrush else earlier[-1]):
+        run_stage(last, tmp_path, system=kind.system)
     with pytest.raises(ArgumentError, match="Unknown stage"):
-        run_stage("cooking", tmp_path)
-    for stage in STAGES:
-        run_stage(stage, tmp_path, samples=2, batch=2, precision="fp32")
-    assert export(tmp_path, tmp_path / "model.safetensors") == 2
-    from mimicbrush_core.systems.mimicbrush import MimicBrush
-
-    model = MimicBrush.load(tmp_path / "model.safetensors")
+        run_stage("cooking", tmp_path, system=kind.system)
+    for stage in RECIPES[kind.system]:
+        run_stage(stage, tmp_path, system=kind.system, samples=2, batch=2, precision="fp32")
+    assert export(tmp_path, tmp_path / "model.safetensors", kind.system) == 2
+    model = kind.load(tmp_path / "model.safetensors")
     assert model.modules.vae.config.scaling_factor == model.config["vae"]["scaling_factor"]
+
+
+def test_the_relatives_begin_with_the_embedded_autoencoder(tmp_path):
+    run_stage("fixup_64", tmp_path, system=MagicFixup.system, samples=2, batch=2, precision="fp32")
+    run_stage("fixup_128", tmp_path, system=MagicFixup.system, samples=2, batch=2, precision="fp32")
+    export(tmp_path, tmp_path / "model.safetensors", MagicFixup.system)
+    ours, theirs = MagicFixup.load(tmp_path / "model.safetensors"), MimicBrush.load()
+    assert ours.modules.vae.config.scaling_factor == theirs.modules.vae.config.scaling_factor
+    for name, weight in theirs.modules.vae.state_dict().items():
+        assert torch.equal(ours.modules.vae.state_dict()[name], weight)
 
 
 def test_one_command_trains_every_stage_and_leaves_a_model(tmp_path, capsys):

@@ -1,47 +1,117 @@
-"""The embedded model's recipe: three stages, each resumable, and the export of what they learned.
+"""The embedded models' recipes: stages, each resumable, and the export of what they learned.
+
+MimicBrush:
 
 1. autoencoder: pictures <-> latents. Then its latents are scaled to unit spread and both it and the depth
    network are rounded to float16, so that imitation is learned on exactly what is shipped.
 2. depth: the depth network.
 3. imitation: both U-Nets, image encoder and projections.
+
+Its relatives take the autoencoder of the embedded MimicBrush, and learn on small pictures first:
+
+* Paint by Example: the look of an exemplar in one token, then painting from it.
+* Magic Fixup: synthesizer and detail extractor together.
+* SmartBrush: U-Net and text encoder together.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from ..checkpoints import save_modules
-from ..encoders import encode_latents
+from ..checkpoints import embedded_model_path, load_modules, save_modules
+from ..encoders import encode_pictures
 from ..errors import ArgumentError
-from ..images import to_model_range
-from ..modules import Modules, build_modules, bundled_config
+from ..modules import (
+    MAGIC_FIXUP,
+    MIMICBRUSH,
+    PAINT_BY_EXAMPLE,
+    SMARTBRUSH,
+    Modules,
+    Parts,
+    build_modules,
+    bundled_config,
+)
+from .curriculum import Curriculum
+from .exemplar_task import ExemplarTask, LookTask
+from .fixup_task import FixupTask
 from .scenes import render_pair
-from .tasks import AutoencoderTask, Curriculum, DepthTask, ImitationTask
-from .trainer import TrainingSettings, load_averaged, make_accelerator, train
+from .smartbrush_task import CONTINUED, small_task
+from .tasks import AutoencoderTask, DepthTask, ImitationTask
+from .trainer import Task, TrainingSettings, averaged_weights, load_averaged, make_accelerator, read_checkpoint, train
 
 logger = logging.getLogger(__name__)
 
-STAGES = {
-    "autoencoder": TrainingSettings(samples=24_000, batch=16, lr=1e-3, adam_lr=5e-4, warmup_steps=50, cooldown=0.4),
-    "depth": TrainingSettings(samples=14_400, batch=16, lr=4e-3, adam_lr=2e-3, warmup_steps=50, cooldown=0.4),
-    "imitation": TrainingSettings(samples=170_000, batch=48, lr=5e-3, adam_lr=2e-3, cooldown=0.4),
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of a recipe.
+
+    task(modules, config, seed): what is learned; its name is the stage's. begins_with: earlier stages of the recipe,
+    whose weights it goes on from.
+    """
+
+    task: Callable[[Parts, dict, int], Task]
+    settings: TrainingSettings
+    begins_with: tuple[str, ...] = ()
+
+
+_SMALL_PICTURES = TrainingSettings(samples=72_000, batch=48, lr=5e-3, adam_lr=2e-3, cooldown=0.4, ema_decay=0.995)
+_GROWN = Curriculum(identity=0, full=0)  # of a stage that goes on from one on small pictures
+_FULL_SIZE = replace(_SMALL_PICTURES, samples=12_000, lr=2.5e-3, adam_lr=1e-3)
+_WORDS = replace(_SMALL_PICTURES, samples=24_000, lr=4e-3, ema_decay=0.998)
+
+RECIPES: dict[str, dict[str, Stage]] = {
+    MIMICBRUSH: {
+        "autoencoder": Stage(
+            lambda modules, config, seed: AutoencoderTask(modules, seed),
+            TrainingSettings(samples=24_000, batch=16, lr=1e-3, adam_lr=5e-4, warmup_steps=50, cooldown=0.4),
+        ),
+        "depth": Stage(
+            lambda modules, config, seed: DepthTask(modules, seed),
+            TrainingSettings(samples=14_400, batch=16, lr=4e-3, adam_lr=2e-3, warmup_steps=50, cooldown=0.4),
+        ),
+        "imitation": Stage(
+            ImitationTask,
+            TrainingSettings(samples=170_000, batch=48, lr=5e-3, adam_lr=2e-3, cooldown=0.4),
+            begins_with=("autoencoder", "depth"),
+        ),
+    },
+    PAINT_BY_EXAMPLE: {
+        "look": Stage(LookTask, replace(_SMALL_PICTURES, samples=60_000)),
+        "exemplar_64": Stage(partial(ExemplarTask, size=64), _SMALL_PICTURES, begins_with=("look",)),
+        "exemplar_128": Stage(
+            partial(ExemplarTask, size=128, curriculum=_GROWN),
+            replace(_FULL_SIZE, samples=18_000),
+            begins_with=("exemplar_64",),
+        ),
+    },
+    MAGIC_FIXUP: {
+        "fixup_64": Stage(partial(FixupTask, size=64), replace(_SMALL_PICTURES, samples=48_000)),
+        "fixup_128": Stage(partial(FixupTask, size=128, curriculum=_GROWN), _FULL_SIZE, begins_with=("fixup_64",)),
+    },
+    SMARTBRUSH: {
+        "smartbrush_64": Stage(partial(small_task, size=64), replace(_WORDS, samples=68_640, cooldown=0.0)),
+        "smartbrush_128": Stage(
+            partial(small_task, size=128, curriculum=CONTINUED), _WORDS, begins_with=("smartbrush_64",)
+        ),
+    },
 }
-"""Stages in order, with the settings the shipped model was trained with."""
+"""System -> the stages of its embedded model in order, with the settings the shipped one was trained with."""
 
 
 def run_stage(
     stage: str,
     run_folder: Path,
     *,
+    system: str = MIMICBRUSH,
     seed: int = 0,
     device: str = "cpu",
-    curriculum: Curriculum | None = None,
     on_log: Callable[[dict], None] | None = None,
     **changes,
 ) -> None:
@@ -49,59 +119,68 @@ def run_stage(
 
     device: as for `trainer.make_accelerator`.
     """
-    if stage not in STAGES:
-        raise ArgumentError(f"Unknown stage {stage!r}. Choose one of: {', '.join(STAGES)}.")
-    settings = replace(STAGES[stage], **{key: value for key, value in changes.items() if value is not None})
-    modules, config = _start(run_folder, stage, seed)
+    recipe = RECIPES[system]
+    if stage not in recipe:
+        raise ArgumentError(f"Unknown stage {stage!r}. Choose one of: {', '.join(recipe)}.")
+    chosen = recipe[stage]
+    settings = replace(chosen.settings, **{key: value for key, value in changes.items() if value is not None})
+    modules, config = _start(run_folder, system, chosen.begins_with, seed)
     accelerator = make_accelerator(settings, device, run_folder)
     for _, module in modules.items():
         module.to(accelerator.device)
-    if stage == "autoencoder":
-        task = AutoencoderTask(modules, seed)
-    elif stage == "depth":
-        task = DepthTask(modules, seed)
-    else:
-        task = ImitationTask(modules, config, seed, curriculum)
-    train(task, run_folder, settings, on_log, accelerator)
+    train(chosen.task(modules, config, seed), run_folder, settings, on_log, accelerator)
 
 
-def export(run_folder: Path, path: Path) -> int:
-    """Write the averaged weights of a run as one float16 model; returns the samples imitation has seen."""
-    modules, config = _start(run_folder, "imitation", seed=0)
-    samples = load_averaged(_checkpoint(run_folder, "imitation"), _imitation_modules(modules))
+def export(run_folder: Path, path: Path, system: str = MIMICBRUSH) -> int:
+    """Write the averaged weights of a run as one float16 model; returns the samples its last stage has seen."""
+    stage, last = list(RECIPES[system].items())[-1]
+    modules, config = _start(run_folder, system, last.begins_with, seed=0)
+    samples = _load_stage(run_folder, stage, modules)
     save_modules(path, modules, config, torch.float16)
     return samples
 
 
-def _start(run_folder: Path, stage: str, seed: int) -> tuple[Modules, dict]:
+def _start(run_folder: Path, system: str, begins_with: Sequence[str], seed: int) -> tuple[Parts, dict]:
     """Fresh modules, with what the earlier stages learned; the same weights for the same seed."""
     torch.manual_seed(seed)
-    config = bundled_config("mimicbrush_small")
+    config = bundled_config(f"{system.replace('-', '_')}_small")
     modules = build_modules(config)
-    if stage == "imitation":
-        for earlier, part in (("autoencoder", "vae"), ("depth", "depth_network")):
-            path = _checkpoint(run_folder, earlier)
-            if not path.exists():
-                raise ArgumentError(f"{run_folder} has no {path.name}: train the stage {earlier!r} first.")
-            module = getattr(modules, part)
-            load_averaged(path, {part: module})
-            module.requires_grad_(False).half().float()
-        config["vae"]["scaling_factor"] = _unit_scale(modules)
-        modules.vae.register_to_config(scaling_factor=config["vae"]["scaling_factor"])
+    if system != MIMICBRUSH:
+        _borrow_autoencoder(modules, config)
+    for stage in begins_with:
+        _load_stage(run_folder, stage, modules)
+    if system == MIMICBRUSH and begins_with:
+        _settle(modules, config)
     return modules, config
 
 
-def _checkpoint(run_folder: Path, stage: str) -> Path:
-    return run_folder / f"{stage}.pt"
+def _load_stage(run_folder: Path, stage: str, modules: Parts) -> int:
+    """Give the modules what a stage learned of them; returns the samples it has seen."""
+    path = run_folder / f"{stage}.pt"
+    if not path.exists():
+        raise ArgumentError(f"{run_folder} has no {path.name}: train the stage {stage!r} first.")
+    learned = {name.partition(".")[0] for name in averaged_weights(read_checkpoint(path))}
+    return load_averaged(path, {name: module for name, module in modules.items() if name in learned})
 
 
-def _imitation_modules(modules: Modules) -> dict:
-    return {name: module for name, module in modules.items() if name not in ("vae", "depth_network")}
+def _borrow_autoencoder(modules: Parts, config: dict) -> None:
+    """Take the embedded MimicBrush's autoencoder, as it is."""
+    embedded, its_config = load_modules(embedded_model_path())
+    modules.vae.load_state_dict(embedded.vae.state_dict())
+    modules.vae.requires_grad_(False)
+    config["vae"]["scaling_factor"] = its_config["vae"]["scaling_factor"]
+    modules.vae.register_to_config(scaling_factor=config["vae"]["scaling_factor"])
 
 
-@torch.no_grad()
+def _settle(modules: Modules, config: dict) -> None:
+    """Round what imitation is learned on to float16, and scale its latents to unit spread."""
+    for module in (modules.vae, modules.depth_network):
+        module.requires_grad_(False).half().float()
+    config["vae"]["scaling_factor"] = _unit_scale(modules)
+    modules.vae.register_to_config(scaling_factor=config["vae"]["scaling_factor"])
+
+
 def _unit_scale(modules: Modules, scenes: int = 32) -> float:
     """The factor that brings the autoencoder's latents to unit spread, to four digits."""
-    frames = np.stack([render_pair(seed).source for seed in range(scenes)])
-    pixels = torch.cat([to_model_range(frame) for frame in frames])
-    return round(float(1 / encode_latents(modules.vae, pixels).std()), 4)
+    frames = [render_pair(seed).source for seed in range(scenes)]
+    return round(float(1 / encode_pictures(modules.vae, frames).std()), 4)
