@@ -9,12 +9,13 @@ import itertools
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import masks
-from .editing import batch_size, checked_masks, repeated
+from .editing import batch_size, checked_masks, mask_arrays, repeated
 from .errors import ArgumentError
 from .images import MAX_SIDE
 from .mask_tools import check_pictures
@@ -99,6 +100,23 @@ def coarse_edit(sources: Tensor, mask: Tensor, edit: CoarseEdit) -> CoarseEditRe
     pictures, moved = zip(*(_edited(source, torch.from_numpy(one), edit) for source, one in pairs), strict=True)
     pictures = torch.stack(pictures)
     return CoarseEditResult(pictures, 1 - pictures[..., 3], torch.stack(moved))
+
+
+def with_holes(pictures: Tensor, holes: Tensor) -> Tensor:
+    """Pictures float [B,H,W,3 or 4] made transparent where holes float [B,H,W] are 1: float32 [N,H,W,4].
+
+    What is transparent already stays so. Each one of a batch, or one for all. Raises PictureError.
+    """
+    check_pictures(pictures, "coarse edit")
+    hole_list = mask_arrays(holes)
+    for hole in hole_list:
+        masks.check_mask_values(hole, "hole")
+        masks.check_mask_size(hole, *pictures.shape[1:3], "hole")
+    count = batch_size({"coarse edit": len(pictures), "hole": len(hole_list)})
+    layers = torch.stack(repeated(pictures, count)).cpu().float()
+    known = 1 - torch.from_numpy(np.stack(repeated(hole_list, count))).clamp(0, 1)
+    alpha = layers[..., 3].minimum(known) if layers.shape[-1] == 4 else known
+    return torch.cat([layers[..., :3], alpha[..., None]], dim=-1)
 
 
 def over_checker(pictures: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ import ssl
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -37,6 +37,8 @@ from .errors import ArgumentError, DownloadError, ModelFileError, OutputError, a
 
 REPOSITORY = "xichenhku/MimicBrush"
 MIRROR_PAGE = "https://www.modelscope.cn/models/xichen/MimicBrush"
+FIXUP_REPOSITORY = "HadiZayer/MagicFixup"
+FIXUP_TERMS = "Adobe Research License: non-commercial research only"
 PUBLIC_ENDPOINT = "https://huggingface.co"
 BRANCH = "main"
 LOCK_NAME = "mimicbrush.lock.json"
@@ -50,6 +52,26 @@ NEEDED = (
 )
 """What the model is loaded from (`checkpoints.ORIGINAL_FILES`), relative to the folder; of each group the
 first file that is published. The repository's image_encoder/ is not needed: mimicbrush.bin holds that one."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """What its authors published.
+
+    needed: of each group the first file that is published; none where the names are not known here: all files that
+        the hub keeps as large ones. mirror: another page with the same files. terms: the licence that has to be
+        accepted before anything is fetched, where it is not enough to show it.
+    """
+
+    repository: str
+    needed: tuple[tuple[str, ...], ...] = ()
+    mirror: str = ""
+    terms: str = ""
+
+
+MIMICBRUSH_RELEASE = Release(REPOSITORY, NEEDED, MIRROR_PAGE)
+RELEASES = {"mimicbrush": MIMICBRUSH_RELEASE, "magic-fixup": Release(FIXUP_REPOSITORY, terms=FIXUP_TERMS)}
+"""System, as `modules` names it -> what of it can be fetched."""
 
 CHUNK_BYTES = 1 << 20
 METADATA_BYTES = 32 << 20
@@ -83,7 +105,7 @@ class Plan:
     """What a download will do. files: all that are wanted; missing: those not yet complete in the folder."""
 
     folder: Path
-    repository: str
+    release: Release
     revision: str
     files: tuple[RemoteFile, ...]
     missing: tuple[RemoteFile, ...]
@@ -111,64 +133,79 @@ def plan_download(
     *,
     names: Sequence[str] = (),
     revision: str | None = None,
-    repository: str = REPOSITORY,
+    release: Release = MIMICBRUSH_RELEASE,
     on_progress: OnProgress | None = None,
 ) -> Plan:
     """Find out what is to be fetched into `folder`; writes nothing.
 
-    names: files of the repository instead of `NEEDED`. revision: branch, tag or commit (default: the lock
-    file's, else the branch). Files that are there already are checked by their hash; if all are complete,
+    names: files of the repository instead of those the release needs. revision: branch, tag or commit (default:
+    the lock file's, else the branch). Files that are there already are checked by their hash; if all are complete,
     nothing is asked of the network.
 
     Raises ArgumentError (names), ModelFileError (a file that is there is another one), OutputError (folder)
     or DownloadError.
     """
     folder, report = Path(folder), on_progress or (lambda progress: None)
-    groups = tuple((_checked_name(name),) for name in names) or NEEDED
+    groups = tuple((_checked_name(name),) for name in names) or release.needed
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; a folder for the weights was expected. Choose another one.")
-    locked_revision, locked = _read_lock(folder, repository)
+    locked_revision, locked = _read_lock(folder, release.repository)
     if revision is None or revision == locked_revision:
         files = _chosen(groups, locked)
         missing = None if files is None else _incomplete(folder, files, report)
         if missing == ():
-            return Plan(folder, repository, locked_revision, files, ())
+            return Plan(folder, release, locked_revision, files, ())
 
-    hub = _Hub(folder, repository, [group[-1] for group in groups])
+    hub = _Hub(folder, release, [group[-1] for group in groups])
     commit, published = hub.listing(revision or locked_revision or BRANCH)
     _check_against_lock(folder, locked_revision, locked, commit, published)
     files = _chosen(groups, published)
     if files is None:
-        absent = next(group for group in groups if not any(name in published for name in group))
+        absent = [group for group in groups if not any(name in published for name in group)]
         raise DownloadError(
-            f"{repository} has no file {' or '.join(absent)} at commit {commit}. Check the name, or choose "
-            f"another --revision; the files are listed at {PUBLIC_ENDPOINT}/{repository}/tree/{commit}."
+            f"{release.repository} has no {'file ' + ' or '.join(absent[0]) if absent else 'weights'} at commit "
+            f"{commit}. Check the name, or choose another --revision; the files are listed at "
+            f"{PUBLIC_ENDPOINT}/{release.repository}/tree/{commit}."
         )
-    return Plan(folder, repository, commit, files, _incomplete(folder, files, report))
+    return Plan(folder, release, commit, files, _incomplete(folder, files, report))
 
 
-def download(plan: Plan, on_progress: OnProgress | None = None) -> None:
+def download(plan: Plan, on_progress: OnProgress | None = None, accepted: str = "") -> None:
     """Fetch what the plan says is missing: into `<name>.part`, checked by hash, then renamed.
 
+    accepted: the release's terms, word for word, where it has any; without them nothing is fetched (ArgumentError).
     May be interrupted at any time (also by an exception from `on_progress`) and called again: it goes on
     where it stopped. Raises DownloadError, or OutputError where the disk is full or cannot be written.
     """
     report = on_progress or (lambda progress: None)
     if plan.missing:
-        hub = _Hub(plan.folder, plan.repository, [file.name for file in plan.files])
+        _check_accepted(plan.release, accepted)
+        hub = _Hub(plan.folder, plan.release, [file.name for file in plan.files])
         _check_space(plan)
     _write_lock(plan)
     for file in plan.missing:
         hub.fetch(file, plan.revision, report)
 
 
-def manual_steps(folder: Path, names: Iterable[str], repository: str = REPOSITORY, revision: str = BRANCH) -> str:
+def _check_accepted(release: Release, accepted: str) -> None:
+    if release.terms and accepted != release.terms:
+        raise ArgumentError(
+            f"{release.repository} is under the {release.terms}. Nothing was fetched: read the licence at "
+            f"{PUBLIC_ENDPOINT}/{release.repository}, and say that you accept it if you do."
+        )
+
+
+def manual_steps(
+    folder: Path, names: Sequence[str], release: Release = MIMICBRUSH_RELEASE, revision: str = BRANCH
+) -> str:
     """How to get the files with a browser and where to put them."""
-    page = f"{PUBLIC_ENDPOINT}/{repository}"
-    lines = [
-        f"By hand: on any machine open {page}/tree/{revision} (mirror: {MIRROR_PAGE}), or the addresses "
-        "below, and put the files here, under exactly these names:"
-    ]
+    page = f"{PUBLIC_ENDPOINT}/{release.repository}"
+    mirror = f" (mirror: {release.mirror})" if release.mirror else ""
+    if names:
+        where = "or the addresses below, and put the files here, under exactly these names:"
+    else:
+        where = f"and put the weights into {folder}."
+    lines = [f"By hand: on any machine open {page}/tree/{revision}{mirror}, {where}"]
     for name in names:
         lines.append(f"  {folder / name}\n    from {page}/resolve/{revision}/{quote(name)}")
     lines.append("Then download again where there is a network to have them verified, or use them as they are.")
@@ -218,7 +255,9 @@ def _part(folder: Path, file: RemoteFile) -> Path:
 
 
 def _chosen(groups: Sequence[Sequence[str]], available: dict[str, RemoteFile]) -> tuple[RemoteFile, ...] | None:
-    """The first available file of each group; None where a group has none."""
+    """The first available file of each group, of no groups all large files; None where there is none."""
+    if not groups:
+        return tuple(file for file in available.values() if file.kind == SHA256) or None
     found = [next((available[name] for name in group if name in available), None) for group in groups]
     return None if None in found else tuple(found)
 
@@ -273,13 +312,13 @@ def _read_lock(folder: Path, repository: str) -> tuple[str | None, dict[str, Rem
 
 def _write_lock(plan: Plan) -> None:
     """Note the commit and the hashes; files noted earlier stay."""
-    _, files = _read_lock(plan.folder, plan.repository)
+    _, files = _read_lock(plan.folder, plan.release.repository)
     if all(files.get(file.name) == file for file in plan.files):
         return
     files.update({file.name: file for file in plan.files})
     content = {
         "format": LOCK_FORMAT,
-        "repository": plan.repository,
+        "repository": plan.release.repository,
         "revision": plan.revision,
         "files": {
             name: {"size": file.size, "kind": file.kind, "digest": file.digest} for name, file in sorted(files.items())
@@ -368,10 +407,10 @@ class _Transient(Exception):
 class _Hub:
     """One session with the hub; its settings are read from the environment here, never at import."""
 
-    def __init__(self, folder: Path, repository: str, names: Sequence[str]):
+    def __init__(self, folder: Path, release: Release, names: Sequence[str]):
         self.folder = folder
-        self.repository = repository
-        self._steps = manual_steps(folder, names, repository)
+        self.repository = release.repository
+        self._steps = manual_steps(folder, names, release)
         for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
             if os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE"):
                 raise DownloadError(f"{variable} is set, so nothing is downloaded. Unset it, or:\n{self._steps}")

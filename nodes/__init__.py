@@ -10,11 +10,13 @@ from .files import ConvertMimicBrush, DownloadMimicBrush
 from .host import register_model_folders
 from .inspection import Correspondence, ReferenceReliance
 from .load import LoadMimicBrush
+from .magic_fixup import LoadMagicFixup, MagicFixupNode
 from .mask_tools import BackgroundBlend, ChangeMask, MaskPrecision
 from .native import ImitativeModel
 from .paint_by_example import LoadPaintByExample, PaintByExampleNode
 from .reference import CombineReferences, EncodeReference
 from .sampler import ImitativeSampler
+from .smartbrush import LoadSmartBrush, SmartBrushNode
 
 NODES: list[type[io.ComfyNode]] = [
     LoadMimicBrush,
@@ -28,6 +30,10 @@ NODES: list[type[io.ComfyNode]] = [
     Correspondence,
     LoadPaintByExample,
     PaintByExampleNode,
+    LoadMagicFixup,
+    MagicFixupNode,
+    LoadSmartBrush,
+    SmartBrushNode,
     MaskPrecision,
     ChangeMask,
     BackgroundBlend,

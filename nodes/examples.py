@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from ..mimicbrush_core.examples import EXAMPLES
+from ..mimicbrush_core.examples import EXAMPLES, TO_MOVE, TO_NAME
 from .schema import check_choice, schema
 
-TITLES = {example.title: example for example in EXAMPLES}
+TITLES = {example.title: example for example in (*EXAMPLES, TO_MOVE, TO_NAME)}
 
 
 class ExamplePictures(io.ComfyNode):
@@ -23,14 +23,19 @@ class ExamplePictures(io.ComfyNode):
             ),
             search_aliases=["mimicbrush", "example", "test images", "demo"],
             inputs=[
-                io.Combo.Input("example", options=list(TITLES), tooltip="Which set."),
+                io.Combo.Input(
+                    "example",
+                    options=list(TITLES),
+                    tooltip="Which set. The last two are for Magic Fixup and SmartBrush, the others for what imitates.",
+                ),
                 io.Int.Input("size", default=256, min=64, max=1024, step=64, tooltip="Side of the pictures in pixels."),
                 io.Int.Input(
                     "frames",
                     default=1,
                     min=1,
                     max=64,
-                    tooltip="More than 1: the source and its mask become a little film, in which the object moves.",
+                    tooltip="More than 1: the source and its mask become a little film, in which the object moves. The "
+                    "last two sets have none.",
                 ),
             ],
             outputs=[

@@ -10,14 +10,21 @@ import comfy.model_patcher
 import folder_paths
 import torch
 from comfy.utils import ProgressBar
+from comfy_api.latest import ui
 from PIL import Image
+from server import PromptServer
 
 from ..mimicbrush_core.editing import Progress
 from ..mimicbrush_core.errors import ArgumentError
-from ..mimicbrush_core.modules import MIMICBRUSH, PAINT_BY_EXAMPLE
+from ..mimicbrush_core.modules import MAGIC_FIXUP, MIMICBRUSH, PAINT_BY_EXAMPLE, SMARTBRUSH
 from ..mimicbrush_core.repaint import Repainter
 
-FOLDERS = {MIMICBRUSH: "mimicbrush", PAINT_BY_EXAMPLE: "paint_by_example"}
+FOLDERS = {
+    MIMICBRUSH: "mimicbrush",
+    PAINT_BY_EXAMPLE: "paint_by_example",
+    MAGIC_FIXUP: "magic_fixup",
+    SMARTBRUSH: "smartbrush",
+}
 """System -> the folder inside models/ for its converted files."""
 
 EXTENSION = ".safetensors"
@@ -80,6 +87,8 @@ PART_GROUPS = {
         "reference": ("reference_unet",),
     },
     PAINT_BY_EXAMPLE: {"pictures": ("vae",), "image": ("exemplar_encoder",), "unet": ("unet",)},
+    MAGIC_FIXUP: {"pictures": ("vae",), "unets": ("unet", "detail_extractor")},
+    SMARTBRUSH: {"pictures": ("vae",), "text": ("text_encoder",), "unet": ("unet",)},
 }
 """Which parts go to the device together: modules that are not the manager's own must be on it or off it, whole."""
 
@@ -221,3 +230,12 @@ class TaskProgress:
         if what != self._what:
             self._bar, self._what = ProgressBar(max(1, total)), what
         self._bar.update_absolute(done, max(1, total))
+
+
+def shown_text(node: type, text: str) -> ui.PreviewText:
+    """A text on the running node, and in the history. node: the class; its schema asks for the hidden `unique_id`.
+
+    Frontends show the texts in a node's `ui` on few nodes of their own, but what is sent as progress on any.
+    """
+    PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
+    return ui.PreviewText(text)

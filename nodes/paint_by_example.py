@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import folder_paths
 import torch
 from comfy_api.latest import io
 
@@ -12,7 +11,7 @@ from ..mimicbrush_core.modules import PAINT_BY_EXAMPLE
 from ..mimicbrush_core.sampling import PLMS, SCHEDULERS
 from ..mimicbrush_core.systems.paint_by_example import EXEMPLAR_FITS, ExemplarSettings, PaintByExample
 from . import host
-from .load import PRECISIONS, file_state, precision_input
+from .load import check_model_name, converted_by_hand, fingerprint, loaded, model_input, precision_input
 from .sampler import (
     COUNT_UP,
     SAME_SEED,
@@ -27,7 +26,6 @@ from .sampler import (
 )
 from .schema import EXEMPLAR_MODEL, check_choice, schema
 
-NO_FILE = "no file yet: see the help"
 WEIGHTS_PAGE = "https://huggingface.co/Fantasy-Studio/Paint-by-Example"
 
 
@@ -38,16 +36,13 @@ class LoadPaintByExample(io.ComfyNode):
             node_id="MimicBrushLoadPaintByExample",
             display_name="Load Paint by Example",
             description=(
-                "Loads a model for Paint by Example from models/paint_by_example. It has to be fetched from its "
-                "authors and converted once; there is no small model to try the node with."
+                "Loads a model for Paint by Example from models/paint_by_example. The embedded model needs no "
+                "download: it knows drawn toy objects at 128 pixels and is there to try the workflows out. The "
+                "released one has to be fetched from its authors and converted once."
             ),
             search_aliases=["mimicbrush", "paint by example", "exemplar", "reference inpainting"],
             inputs=[
-                io.Combo.Input(
-                    "model_name",
-                    options=host.model_files(PAINT_BY_EXAMPLE) or [NO_FILE],
-                    tooltip="A .safetensors file in models/paint_by_example (made by Convert MimicBrush).",
-                ),
+                model_input(PAINT_BY_EXAMPLE),
                 precision_input(),
             ],
             outputs=[EXEMPLAR_MODEL.Output("model", display_name="model", tooltip="For Paint by Example.")],
@@ -55,29 +50,16 @@ class LoadPaintByExample(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name) -> bool | str:
-        # None: it comes over a wire and is not known yet.
-        if model_name is None or model_name in host.model_files(PAINT_BY_EXAMPLE):
-            return True
-        return (
-            f"There is no model {model_name!r} in models/paint_by_example. Get the folders unet, vae and image_encoder "
-            f"from {WEIGHTS_PAGE}, put them into a folder inside {folder_paths.models_dir}, give its name to Convert "
-            f"MimicBrush, which writes into {host.model_folder(PAINT_BY_EXAMPLE)}, press R, and choose the file."
-        )
+        what = f"a folder with unet, vae and image_encoder from {WEIGHTS_PAGE}"
+        return check_model_name(PAINT_BY_EXAMPLE, model_name, converted_by_hand(PAINT_BY_EXAMPLE, what))
 
     @classmethod
     def fingerprint_inputs(cls, model_name, precision) -> tuple:
-        if model_name is None:
-            return ()  # it comes over a wire; the host looks at where it comes from
-        return model_name, precision, *file_state(host.model_path(PAINT_BY_EXAMPLE, model_name))
+        return fingerprint(PAINT_BY_EXAMPLE, model_name, precision)
 
     @classmethod
     def execute(cls, model_name, precision) -> io.NodeOutput:
-        check_choice("precision", precision, PRECISIONS)
-        path = host.model_path(PAINT_BY_EXAMPLE, model_name)
-        # Weights made under inference mode could never be moved or changed outside of it.
-        with torch.inference_mode(False):
-            model = PaintByExample.load(path, dtype=host.computing_dtype(precision))
-        return io.NodeOutput(host.LoadedModel(model))
+        return io.NodeOutput(host.LoadedModel(loaded(PaintByExample, model_name, precision)))
 
 
 class PaintByExampleNode(io.ComfyNode):
@@ -100,8 +82,8 @@ class PaintByExampleNode(io.ComfyNode):
                 ),
                 *sampling_inputs(
                     guide="exemplar",
-                    own_steps="50",
-                    own_guidance="5",
+                    own_steps="released: 50",
+                    own_guidance="released: 5",
                     samplers=[PLMS, *SCHEDULERS],
                 ),
                 io.Combo.Input(

@@ -36,17 +36,8 @@ def picture_inputs() -> list:
     ]
 
 
-def sampling_inputs(
-    guide: str = "reference",
-    own_steps: str = "MimicBrush 50, embedded 1",
-    own_guidance: str = "MimicBrush 5, embedded 1.2",
-    samplers: Sequence[str] = tuple(SCHEDULERS),
-) -> list:
-    """How the steps are made.
-
-    guide: what the model is guided by. own_steps, own_guidance: the defaults of its models. samplers: the published
-    one first.
-    """
+def step_inputs(own_steps: str) -> list:
+    """Which noise, and how many steps; own_steps: the defaults of the models."""
     return [
         io.Int.Input(
             "seed",
@@ -63,6 +54,24 @@ def sampling_inputs(
             max=MAX_STEPS,
             tooltip=f"More steps, finer detail, longer wait. 0: the model's own ({own_steps}).",
         ),
+    ]
+
+
+def sampling_inputs(
+    guide: str = "reference",
+    own_steps: str = "MimicBrush 50, embedded 1",
+    own_guidance: str = "MimicBrush 5, embedded 1.2",
+    samplers: Sequence[str] = tuple(SCHEDULERS),
+    published: bool = True,
+) -> list:
+    """How the steps are made.
+
+    guide: what the model is guided by. own_steps, own_guidance: the defaults of its models. samplers: its own first,
+    as published or not.
+    """
+    own = f"{samplers[0]}, as published" if published else samplers[0]
+    return [
+        *step_inputs(own_steps),
         io.Float.Input(
             "guidance",
             default=0.0,
@@ -76,7 +85,7 @@ def sampling_inputs(
             "sampler",
             options=[MODELS_OWN, *samplers],
             default=MODELS_OWN,
-            tooltip=f"model's own: {samplers[0]}, as published. dpmpp_2m and unipc need fewer steps for the same.",
+            tooltip=f"model's own: {own}. dpmpp_2m and unipc need fewer steps for the same.",
         ),
         io.Combo.Input(
             "scheduler",
@@ -87,13 +96,13 @@ def sampling_inputs(
     ]
 
 
-def zoom_inputs(note: str = "") -> list:
-    """note: what zoom's tooltip says beside."""
+def zoom_inputs(note: str = "", around: str = "mask") -> list:
+    """note: what zoom's tooltip says beside. around: the input that says where."""
     return [
         io.Boolean.Input(
             "zoom",
             default=False,
-            tooltip="Work on a window around the mask at the model's full resolution: for small regions of "
+            tooltip=f"Work on a window around the {around} at the model's full resolution: for small regions of "
             "large pictures." + note,
         ),
         io.Float.Input(
@@ -102,14 +111,16 @@ def zoom_inputs(note: str = "") -> list:
             min=0.0,
             max=10.0,
             step=0.05,
-            tooltip="How much around the mask the window shows on each side, relative to the mask's longer "
+            tooltip=f"How much around the {around} the window shows on each side, relative to the {around}'s longer "
             "side. More margin: more context, less resolution.",
         ),
     ]
 
 
-def finish_inputs(feather: str = "Over how many pixels beyond the mask the edit fades out. 10: as published.") -> list:
-    """How the edit is put back into the picture; feather: its tooltip."""
+def finish_inputs(
+    feather: str = "Over how many pixels beyond the mask the edit fades out. 10: as published.", around: str = "mask"
+) -> list:
+    """How the edit is put back into the picture; feather: its tooltip. around: the input that says where."""
     return [
         io.Int.Input("feather", default=10, min=0, max=256, tooltip=feather),
         io.Float.Input(
@@ -118,7 +129,7 @@ def finish_inputs(feather: str = "Over how many pixels beyond the mask the edit 
             min=0.0,
             max=1.0,
             step=0.05,
-            tooltip="Takes this much of the colour difference just outside the mask off the edit: against a "
+            tooltip=f"Takes this much of the colour difference just outside the {around} off the edit: against a "
             "visible seam.",
         ),
     ]
@@ -156,7 +167,7 @@ def condition_inputs() -> list:
 
 
 def edit_outputs(image: str = "The edited picture, pasted back.") -> list:
-    """What `output_of` gives; image: that output's tooltip."""
+    """What `output_values` gives; image: that output's tooltip."""
     return [
         io.Image.Output("image", display_name="image", tooltip=image),
         io.Image.Output("raw", display_name="raw", tooltip="The model's whole answer for the window."),
@@ -168,13 +179,26 @@ def edit_outputs(image: str = "The edited picture, pasted back.") -> list:
     ]
 
 
-def output_of(result: BatchResult) -> io.NodeOutput:
+def output_values(result: BatchResult) -> tuple:
+    """What `edit_outputs` announces."""
     window = result.window
-    return io.NodeOutput(result.pictures, result.raw, result.alpha, window.x, window.y, window.width, window.height)
+    return result.pictures, result.raw, result.alpha, window.x, window.y, window.width, window.height
+
+
+def output_of(result: BatchResult) -> io.NodeOutput:
+    return io.NodeOutput(*output_values(result))
 
 
 def edit_settings(
-    seed, steps, guidance, sampler, scheduler, zoom, zoom_margin, kind: type[RepaintSettings] = EditSettings, **others
+    seed,
+    steps,
+    zoom,
+    zoom_margin,
+    guidance=0.0,
+    sampler=MODELS_OWN,
+    scheduler=MODELS_OWN,
+    kind: type[RepaintSettings] = EditSettings,
+    **others,
 ) -> RepaintSettings:
     """The settings of these inputs; others: further fields of `kind`."""
     return kind(
@@ -229,13 +253,13 @@ class ImitativeSampler(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         check_choice("batch_seeds", batch_seeds, (SAME_SEED, COUNT_UP))
         settings = edit_settings(
-            seed,
-            steps,
-            guidance,
-            sampler,
-            scheduler,
-            zoom,
-            zoom_margin,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            sampler=sampler,
+            scheduler=scheduler,
+            zoom=zoom,
+            zoom_margin=zoom_margin,
             acceleration=acceleration,
             feather=feather,
             color_match=color_match,

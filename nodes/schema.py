@@ -10,6 +10,8 @@ CATEGORY = "MimicBrush"
 
 MODEL = io.Custom("MIMICBRUSH_MODEL")  # host.LoadedMimicBrush
 EXEMPLAR_MODEL = io.Custom("PAINT_BY_EXAMPLE_MODEL")  # host.LoadedModel of a PaintByExample
+BRUSH_MODEL = io.Custom("SMARTBRUSH_MODEL")  # host.LoadedModel of a SmartBrush
+FIXUP_MODEL = io.Custom("MAGIC_FIXUP_MODEL")  # host.LoadedModel of a MagicFixup
 REFERENCE = io.Custom("MIMICBRUSH_REFERENCE")  # list of mimicbrush_core.references.ReferenceUse
 ACCELERATION = io.Custom("MIMICBRUSH_ACCELERATION")  # mimicbrush_core.acceleration.Acceleration
 DEPTH = io.Custom("MIMICBRUSH_DEPTH")  # mimicbrush_core.depth.DepthCondition

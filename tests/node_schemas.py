@@ -4,6 +4,8 @@ import copy
 import json
 from pathlib import Path
 
+from mimicbrush_core.modules import TITLES
+
 RECORDED = Path(__file__).parent / "nodes" / "schemas.json"
 
 SHARED_FIELDS = (
@@ -18,8 +20,21 @@ SHARED_FIELDS = (
     "output_node",
 )
 
-EMBEDDED = "embedded: MimicBrush small"
-NO_FILE = "no file yet: see the help"
+LOADERS = {
+    "MimicBrushLoad": "mimicbrush",
+    "MimicBrushLoadPaintByExample": "paint-by-example",
+    "MimicBrushLoadMagicFixup": "magic-fixup",
+    "MimicBrushLoadSmartBrush": "smartbrush",
+}
+"""Node -> the system whose models it loads."""
+
+
+def embedded(system: str) -> str:
+    """What a loader's list calls the small model that comes with the pack."""
+    return f"embedded: {TITLES[system]} small"
+
+
+EMBEDDED = embedded("mimicbrush")
 
 
 def recorded() -> dict:
@@ -37,7 +52,7 @@ def reduced(object_info: dict) -> dict:
         for node_id, info in copy.deepcopy(object_info).items()
         if info["category"] == "MimicBrush" or node_id.startswith("MimicBrush")
     }
-    for node, without_files in (("MimicBrushLoad", []), ("MimicBrushLoadPaintByExample", [NO_FILE])):
+    for node, system in LOADERS.items():
         settings = nodes[node]["input"]["required"]["model_name"][1]
-        settings["options"] = [name for name in settings["options"] if name == EMBEDDED] or without_files
+        settings["options"] = [name for name in settings["options"] if name == embedded(system)]
     return dict(sorted(nodes.items()))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mimicbrush_core import masks
-from mimicbrush_core.coarse_edit import CUT, DUPLICATE, FLIPS, MODES, CoarseEdit, coarse_edit, over_checker
+from mimicbrush_core.coarse_edit import CUT, DUPLICATE, FLIPS, MODES, CoarseEdit, coarse_edit, over_checker, with_holes
 from mimicbrush_core.errors import ArgumentError, PictureError
 
 H, W = 48, 64
@@ -305,3 +305,38 @@ def test_the_region_is_what_is_visible_of_the_mask():
     region = torch.maximum(dust, box(10, 10))
     assert torch.equal(edited(SOURCE, region, x=20).moved, edited(SOURCE, box(10, 10), x=20).moved)
     assert dust.max() < masks.VISIBLE
+
+
+# -------------------- holes given beside a picture
+
+
+def test_a_hole_beside_an_opaque_picture_gives_the_layout_back():
+    result = edited(SOURCE, box(10, 10), x=20)
+    assert torch.equal(with_holes(result.pictures[..., :3], result.holes), result.pictures)
+    assert torch.equal(with_holes(result.pictures, result.holes), result.pictures)  # the same hole twice
+
+
+def test_holes_add_up_and_every_picture_has_its_own():
+    known = torch.full((2, H, W), 0.75)
+    known[1, :5] = 0
+    layers = torch.cat([noise(2), known[..., None]], dim=-1)
+    holes = torch.zeros(1, H, W)
+    holes[:, 3:8] = 0.5
+    result = with_holes(layers, holes)
+    assert torch.equal(result[..., :3], layers[..., :3])
+    assert torch.equal(result[..., 3], known.minimum(1 - holes))
+    assert len(with_holes(SOURCE, torch.zeros(3, H, W))) == 3
+
+
+@pytest.mark.parametrize(
+    "pictures, holes, found",
+    [
+        (SOURCE, torch.ones(1, H, W - 1), f"hole is {W - 1} x {H} pixels, the picture {W} x {H}"),
+        (SOURCE, torch.full((1, H, W), 2.0), "hole has values .* within 0 to 1"),
+        (noise(2), torch.zeros(3, H, W), "2 coarse edits, 3 holes"),
+        (SOURCE[..., :2], torch.zeros(1, H, W), "coarse edit has the shape"),
+    ],
+)
+def test_holes_that_cannot_be_used_are_refused(pictures, holes, found):
+    with pytest.raises(PictureError, match=found):
+        with_holes(pictures, holes)

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from mimicbrush_core.examples import EXAMPLES, Example
+from mimicbrush_core.errors import ArgumentError
+from mimicbrush_core.examples import EXAMPLES, TO_MOVE, TO_NAME, Example
+from mimicbrush_core.training.scenes import HELD_OUT_SEED
+from mimicbrush_core.training.shapes import draw_shape
 
 SIZE = 128
 FRAMES = 8
@@ -109,3 +112,29 @@ def test_a_mirrored_object_would_be_noticed(seed):
     """In the films of these seeds it is mirrored on its way: they would not be fit for an example."""
     flipping = Example("flips", "An object that is mirrored on its way", "object", seed)
     assert jumps(flipping) > 1 and spike(flipping) > 3
+
+
+# -------------------- what is one picture
+
+
+def test_the_thing_to_move_has_room_and_throws_a_shadow_outside_its_mask():
+    source, mask, moved = TO_MOVE.render(SIZE)
+    assert source.shape == moved.shape == (SIZE, SIZE, 3) and set(np.unique(mask)) == {0, 1}
+    assert 0.02 < mask.mean() < 0.4
+    changed = (source.astype(int) - moved).any(axis=-1)
+    assert (changed & (mask == 0)).mean() > mask.mean() / 2, "the thing elsewhere, and its shadow"
+    assert np.array_equal(source, TO_MOVE.render(SIZE)[0])
+
+
+def test_the_place_for_a_shape_is_where_it_is_not_and_the_title_says_which():
+    source, mask, drawn = TO_NAME.render(SIZE)
+    assert source.shape == drawn.shape == (SIZE, SIZE, 3) and set(np.unique(mask)) == {0, 1}
+    assert np.array_equal(source[mask == 0], drawn[mask == 0]), "the mask has all of the shape"
+    assert (source[eroded(mask)] != drawn[eroded(mask)]).any(axis=-1).mean() > 0.95, "and hardly more"
+    assert draw_shape(HELD_OUT_SEED + TO_NAME.seed).look.caption in TO_NAME.title
+
+
+@pytest.mark.parametrize("example", [TO_MOVE, TO_NAME], ids=["move", "shape"])
+def test_what_is_one_picture_is_no_film(example):
+    with pytest.raises(ArgumentError, match="one picture, not a film"):
+        example.render_clip(2, SIZE)

@@ -14,6 +14,7 @@ import pytest
 from mimicbrush_core import hub
 from mimicbrush_core.cli import main
 from mimicbrush_core.errors import ArgumentError, DownloadError, ModelFileError, OutputError
+from mimicbrush_core.modules import TITLES, bundled_config
 
 COMMIT, OTHER_COMMIT = "a" * 40, "b" * 40
 BIN, CONFIG = "mimicbrush/mimicbrush.bin", "sd-vae-ft-mse/config.json"
@@ -541,6 +542,78 @@ def test_a_folder_that_is_a_file_is_refused(fake, folder):
     with pytest.raises(OutputError, match="is a file"):
         fetch(folder)
     assert folder.read_text() == "precious"
+
+
+# --- a release whose file names are not known, and whose licence has to be accepted --------------------------
+
+TERMS = "Licence of Some: research only"
+UNNAMED = hub.Release(hub.REPOSITORY, terms=TERMS)
+
+
+@pytest.fixture
+def weights(fake):
+    """A repository of one large file, as its authors may call it."""
+    content = b"weights" * 1000
+    fake.commits[COMMIT] = {"some_folder/model-final.ckpt": content, "config.json": b"{}"}
+    return content
+
+
+def test_nothing_is_fetched_before_the_terms_are_accepted_word_for_word(fake, folder, weights):
+    plan = hub.plan_download(folder, release=UNNAMED)
+    for accepted in ("", "yes", TERMS.lower()):
+        with pytest.raises(ArgumentError, match=rf"{TERMS}.*Nothing was fetched.*accept"):
+            hub.download(plan, accepted=accepted)
+    assert fake.payloads() == [] and not folder.exists()
+    hub.download(plan, accepted=TERMS)
+    assert contents(folder)["some_folder/model-final.ckpt"] == weights
+
+
+def test_all_large_files_are_wanted_where_no_name_is_known(fake, folder, weights):
+    plan = hub.plan_download(folder, release=UNNAMED)
+    assert [file.name for file in plan.missing] == ["some_folder/model-final.ckpt"]
+    hub.download(plan, accepted=TERMS)
+    requests = len(fake.requests)
+    again = hub.plan_download(folder, release=UNNAMED)  # the lock file knows what it was
+    assert again.missing == () and again.files == plan.files and len(fake.requests) == requests
+    hub.download(again)  # what is there needs no further word
+
+
+def test_a_repository_without_large_files_is_said_to_have_none(fake, folder):
+    fake.commits[COMMIT] = {"config.json": b"{}"}
+    with pytest.raises(DownloadError, match="has no weights at commit"):
+        hub.plan_download(folder, release=UNNAMED)
+
+
+def test_by_hand_without_names(fake, folder, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(DownloadError) as error:
+        hub.plan_download(folder, release=UNNAMED)
+    message = str(error.value)
+    assert f"https://huggingface.co/{hub.REPOSITORY}/tree/main, and put the weights into {folder}." in message
+    assert hub.MIRROR_PAGE not in message
+
+
+def test_another_release_needs_another_folder(fake, folder):
+    fetch(folder)
+    with pytest.raises(ModelFileError, match="Use another folder"):
+        hub.plan_download(folder, release=hub.RELEASES["magic-fixup"])
+
+
+def test_the_releases_are_of_systems_and_the_terms_those_of_the_configuration():
+    assert hub.RELEASES.keys() <= TITLES.keys()
+    fixup = hub.RELEASES["magic-fixup"]
+    assert fixup.terms == bundled_config("magic_fixup")["licence"]
+    assert [release.repository for release in hub.RELEASES.values()] == ["xichenhku/MimicBrush", "HadiZayer/MagicFixup"]
+
+
+def test_the_command_wants_the_licence_accepted(fake, folder, weights, monkeypatch, capsys):
+    monkeypatch.setitem(hub.RELEASES, "magic-fixup", UNNAMED)
+    command = ["download", "--system", "magic-fixup", "--into", str(folder), "--yes"]
+    assert main(command) == 2
+    assert TERMS in (said := capsys.readouterr().err) and "--accept-licence" in said
+    assert fake.payloads() == [] and not folder.exists()
+    assert main([*command, "--accept-licence"]) == 0
+    assert contents(folder)["some_folder/model-final.ckpt"] == weights
 
 
 # --- the command -------------------------------------------------------------------------------------------

@@ -226,7 +226,9 @@ def test_a_page_names_other_nodes_as_they_are_titled(node, locale):
 
 @pytest.mark.parametrize(("node", "locale"), NODE_PAGES)
 def test_what_a_page_quotes_is_on_the_screen_or_on_the_disk(node, locale):
-    known = {".safetensors", "models", "models/", "models/mimicbrush", "models/paint_by_example", "MimicBrush"}
+    known = {".safetensors", "models", "models/", "MimicBrush"} | {
+        f"models/{folder}" for folder in ("mimicbrush", "paint_by_example", "magic_fixup", "smartbrush")
+    }
     for info in SCHEMAS.values():
         known |= {*inputs_of(info), *info["output_name"]}
         for _, settings in inputs_of(info).values():

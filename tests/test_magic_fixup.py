@@ -362,6 +362,16 @@ def test_checkpoint_in_every_dress(tmp_path, model, config, prefix, pickled, wra
     assert_same_weights(MagicFixup.load(path, config=config), model)
 
 
+def test_checkpoint_alone_in_a_folder(tmp_path, model, config):
+    folder = tmp_path / "release" / "as published"
+    folder.mkdir(parents=True)
+    save_file(load_file(WEIGHTS), folder / "some name.safetensors")
+    (folder / "README.md").write_text("licence")
+    assert_same_weights(MagicFixup.load(tmp_path / "release", config=config), model)
+    (folder / "other.bin").write_bytes(b"weights")
+    assert "is no Magic Fixup" in refusal(tmp_path / "release", config=config)
+
+
 def test_another_vae(tmp_path, model, config):
     state = {key: torch.zeros_like(value) for key, value in model.modules.vae.state_dict().items()}
     save_file(state, tmp_path / "vae.safetensors")
@@ -517,6 +527,8 @@ def test_without_a_mask_what_the_coarse_edit_changed_is_pasted_back(model, photo
     [region] = changed_regions([photo], [coarse])
     assert np.array_equal(region == 1, (coarse[..., 3] < 255) | (coarse[..., :3] != photo).any(axis=-1))
     assert (region[hole] == 1).all() and (region[place] == 1).mean() > 0.99 and not region[~hole & ~place].any()
+    [faded] = changed_regions([photo], [np.dstack([photo, np.where(hole, np.uint8(254), np.uint8(255))])])
+    assert np.array_equal(faded == 1, hole)  # its colours are still the photo's
     settings = replace(QUICK, paste_back=True, feather=2)
     alone = model.edit(photo, coarse, settings)
     assert np.array_equal(alone.picture, model.edit(photo, coarse, settings, mask=region).picture)

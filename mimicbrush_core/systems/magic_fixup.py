@@ -145,11 +145,12 @@ class MagicFixup(Repainter):
 
         original: uint8 [H,W,3] (or float 0..1). coarse: [H,W,4] of the same size (`coarse_edit.coarse_edit`), alpha
         1 = known, 0 = hole; without alpha it has no holes. mask: float [H,W], 1 = what zoom and paste_back are about,
-        with the place the object came from and the one it went to; default: everything. Beyond what is pasted back
-        the original stays. Raises PictureError or ArgumentError before any work is done if something does not fit.
+        with the place the object came from and the one it went to; default: `changed_regions`. Beyond what is pasted
+        back the original stays. Raises PictureError or ArgumentError before any work is done if something does not fit.
         """
         layer = images.layer_from_array(coarse, "coarse edit")
-        mask = np.ones(layer.shape[:2], np.float32) if mask is None else mask
+        if mask is None:
+            [mask] = changed_regions([images.picture_from_array(original, "source")], [layer])
         begin = partial(self._begin, [layer])
         return self._edit(original, mask, settings or FixupSettings(), begin, on_progress)
 
@@ -168,7 +169,8 @@ class MagicFixup(Repainter):
         mask values blend softly; a picture whose own mask is empty comes back as it was. Raises as `edit` does.
         """
         layers = [images.layer_from_array(one.float().clamp(0, 1), "coarse edit") for one in coarse]
-        mask = torch.ones(1, *coarse.shape[1:3]) if mask is None else mask
+        if mask is None:
+            mask = torch.from_numpy(changed_regions(editing.eight_bit_pictures(originals, "source"), layers))
         begin, counts = partial(self._begin, layers), {"coarse edit": len(layers)}
         return self._edit_batch(originals, mask, settings or FixupSettings(), begin, on_progress, counts=counts)
 
@@ -206,6 +208,20 @@ def prepare_coarse(coarse: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarra
     colors, alpha = square[..., :3], square[..., 3]
     hole = masks.grown(alpha < OPAQUE, RIM)
     return fill_hole(colors, hole), alpha
+
+
+def changed_regions(originals: Sequence[np.ndarray], layers: Sequence[np.ndarray]) -> np.ndarray:
+    """Where coarse edits uint8 [H,W,4] are holes or show another thing than the photos uint8 [H,W,3]: float32 [N,H,W].
+
+    Raises PictureError for other sizes and numbers, and where no coarse edit differs from its photo.
+    """
+    _check_sizes(layers, originals)
+    count = editing.batch_size({"source": len(originals), "coarse edit": len(layers)})
+    photos, layers = np.stack(editing.repeated(originals, count)), np.stack(editing.repeated(layers, count))
+    changed = (layers[..., :3] != photos).any(axis=-1) | (layers[..., 3] < 255)
+    if not changed.any():
+        raise PictureError("The coarse edit is the original: nothing was moved. Give one in which something was.")
+    return changed.astype(np.float32)
 
 
 def _check_sizes(layers: Sequence[np.ndarray], originals: Sequence[np.ndarray]) -> None:

@@ -6,7 +6,6 @@ released code and the paper differ, the released code is followed.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,6 @@ from torch import Tensor
 from .. import editing, images, masks
 from ..acceleration import EXACT, Acceleration, DeepFeatures
 from ..attention import ReadingObserver, ReferenceFeatures, ReferenceReading
-from ..checkpoints import embedded_model_path
 from ..depth import DepthCondition, drawn_map, estimate_depth, fitted_depth_pictures, no_depth_map
 from ..editing import BatchResult, EditResult, EditSettings, Progress, Reporter
 from ..encoders import image_tokens, unconditional_tokens
@@ -77,11 +75,6 @@ class MimicBrush(Repainter):
         self._unconditional: Tensor | None = None
         self._no_depth: Tensor | None = None
         self._no_depth_features: dict[tuple[int, int], Tensor] = {}
-
-    @classmethod
-    def load(cls, path: str | os.PathLike | None = None, **options) -> MimicBrush:
-        """As `Repainter.load`; default: the embedded model."""
-        return super().load(path or embedded_model_path(), **options)
 
     def optimize(self, *, channels_last: bool = False, compiled: bool = False, vae_tiling: bool = False) -> MimicBrush:
         """Choose how the networks run; once, after loading. Results change in the last bits, with tiles a little more.

@@ -216,6 +216,10 @@ SAMPLER_SETTINGS = {
 }
 
 
+EDITED = {"MimicBrushSampler": "source", "MimicBrushPaintByExample": "source", "MimicBrushMagicFixup": "original"}
+"""Node that edits -> its input of the picture that is edited."""
+
+
 def example_title() -> str:
     return recorded()["MimicBrushExamplePictures"]["input"]["required"]["example"][1]["options"][0]
 
@@ -241,9 +245,10 @@ def edit_prompt(seed: int = 0, size: int = 0, **sampler) -> dict:
 def watched(prompt: dict) -> tuple[dict, list[tuple[str, str]]]:
     """The prompt with what goes into and comes out of each sampler shown: the prompt, [(source, result)]."""
     prompt, pairs = copy.deepcopy(prompt), []
-    for sampler in [name for name, one in prompt.items() if one["class_type"] == "MimicBrushSampler"]:
+    for sampler in [name for name, one in prompt.items() if one["class_type"] in EDITED]:
         before, after = f"{sampler} before", f"{sampler} after"
-        prompt[before] = node("PreviewImage", images=prompt[sampler]["inputs"]["source"])
+        edited = EDITED[prompt[sampler]["class_type"]]
+        prompt[before] = node("PreviewImage", images=prompt[sampler]["inputs"][edited])
         prompt[after] = node("PreviewImage", images=[sampler, 0])
         pairs.append((before, after))
     return prompt, pairs

@@ -7,7 +7,8 @@ It was written from how a running host behaves, so that the nodes can be tested 
   `torch.inference_mode()`;
 * the memory manager is as greedy as a real one may be: whatever was not asked for in the last `load_models_gpu` is
   away, and using it raises `NotOnDevice`, as a graphics card would;
-* progress bars keep what they were told, and the interrupt flag raises once and is cleared, as in the host.
+* progress bars and the texts of running nodes keep what they were told, and the interrupt flag raises once and is
+  cleared, as in the host.
 
 What it does not do: queue, cache, link checking, list inputs, real devices and partial loading, the web server, saving.
 """
@@ -50,7 +51,12 @@ SETTINGS = {
 ALWAYS_TOLD = {"COMBO": {"multiselect": False}, "STRING": {"multiline": False}}
 """What /object_info says of an input although the node did not."""
 
-OUTPUT_NODES_HIDDEN = {"prompt": ["PROMPT"], "extra_pnginfo": ["EXTRA_PNGINFO"]}
+HIDDEN = {"unique_id": "UNIQUE_ID", "prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"}
+"""What the host can tell a node beside its inputs."""
+
+OUTPUT_NODES_HIDDEN = ("prompt", "extra_pnginfo")
+NODE_ID = "7"
+"""That of whatever node is run."""
 
 
 class Input:
@@ -104,6 +110,7 @@ class OldSchema:
     description: str = ""
     inputs: list[Input] = dataclasses.field(default_factory=list)
     outputs: list[Output] = dataclasses.field(default_factory=list)
+    hidden: list[str] = dataclasses.field(default_factory=list)
     is_output_node: bool = False
 
 
@@ -153,8 +160,9 @@ def object_info(node: type) -> dict:
     inputs: dict[str, dict] = {"required": {}}
     for one in schema.inputs:
         inputs.setdefault(one.group, {})[one.id] = one.info()
-    if schema.is_output_node:
-        inputs["hidden"] = OUTPUT_NODES_HIDDEN
+    hidden = (*schema.hidden, *(OUTPUT_NODES_HIDDEN if schema.is_output_node else ()))
+    if hidden:
+        inputs["hidden"] = {name: [HIDDEN[name]] for name in hidden}
     info = {
         "input": inputs,
         "input_order": {group: list(members) for group, members in inputs.items()},
@@ -222,6 +230,7 @@ class Host:
         self.interrupted = False
         self.bars: list[Bar] = []
         self.loads: list[Load] = []
+        self.texts: list[tuple[str, str]] = []
         self.on_update: Callable[[Bar], None] = lambda bar: None
 
     def interrupt(self) -> None:
@@ -241,7 +250,7 @@ class Host:
         comfy.utils = self._utils()
         comfy_api.latest = self._latest()
         parts = (comfy, comfy.model_management, comfy.model_patcher, comfy.utils, comfy_api, comfy_api.latest)
-        return {one.__name__: one for one in (*parts, self._folder_paths())}
+        return {one.__name__: one for one in (*parts, self._folder_paths(), self._server())}
 
     def _latest(self) -> ModuleType:
         names = {"Image": "IMAGE", "Mask": "MASK"} | {
@@ -249,7 +258,8 @@ class Host:
             for name in ("Int", "Float", "Boolean", "String", "Combo", "Model", "Conditioning", "Latent", "Vae")
         }
         types = {name: IoType(io_type) for name, io_type in names.items()}
-        io = SimpleNamespace(ComfyNode=ComfyNode, Schema=self.schema, NodeOutput=NodeOutput, Custom=IoType, **types)
+        types |= {"Custom": IoType, "Hidden": SimpleNamespace(**{name: name for name in HIDDEN})}
+        io = SimpleNamespace(ComfyNode=ComfyNode, Schema=self.schema, NodeOutput=NodeOutput, **types)
         ui = SimpleNamespace(PreviewText=PreviewText, PreviewImage=PreviewImage)
         return _module("comfy_api.latest", io=io, ui=ui, ComfyExtension=ComfyExtension)
 
@@ -301,6 +311,13 @@ class Host:
                 host.raise_if_interrupted()
 
         return _module("comfy.utils", ProgressBar=ProgressBar)
+
+    def _server(self) -> ModuleType:
+        def send_progress_text(text, node_id):
+            self.texts.append((node_id, text))
+
+        instance = SimpleNamespace(send_progress_text=send_progress_text)
+        return _module("server", PromptServer=SimpleNamespace(instance=instance))
 
     def _folder_paths(self) -> ModuleType:
         known: dict[str, tuple[list[str], set[str]]] = {}
@@ -401,10 +418,16 @@ class Pack:
             if answer is not True:
                 raise InvalidPrompt(str(answer))
         with torch.inference_mode():
-            output = node.execute(**values)
+            output = _running(node, schema).execute(**values)
         assert len(output.args) == len(schema.outputs)
         named = {one.id: value for one, value in zip(schema.outputs, output.args, strict=True)}
         return SimpleNamespace(**named, ui=output.ui)
+
+
+def _running(node: type, schema: OldSchema) -> type:
+    """A node's class as it is run: with what it asked to be told."""
+    told = {"unique_id": NODE_ID} if "unique_id" in schema.hidden else {}
+    return type(node.__name__, (node,), {"hidden": SimpleNamespace(**told)})
 
 
 def _awaited(coroutine):

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-TITLES = 4
+TITLES = 6
+FILMS = TITLES - 2
+TO_MOVE, TO_NAME = FILMS, FILMS + 1
 
 
 @pytest.fixture
@@ -11,8 +13,9 @@ def titles(pack):
     return pack.object_info()["MimicBrushExamplePictures"]["input"]["required"]["example"][1]["options"]
 
 
-@pytest.mark.parametrize("index", range(TITLES))
-@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize(
+    "index, frames", [*((index, 1) for index in range(TITLES)), *((index, 3) for index in range(FILMS))]
+)
 def test_each_example_is_a_source_a_mask_and_a_reference(pack, titles, index, frames):
     assert len(titles) == TITLES
     given = pack.call("ExamplePictures", example=titles[index], size=128, frames=frames)
@@ -43,6 +46,15 @@ def test_the_embedded_model_comes_closer_to_the_truth_than_grey(pack, model, sam
     hole = given.mask == 1
     error = (result.raw - given.source)[hole].abs().mean()
     assert error < 0.8 * (0.5 - given.source)[hole].abs().mean()
+
+
+def test_the_thing_to_move_is_one_picture_and_coarse_edit_takes_it(pack, titles):
+    with pytest.raises(pack.core("errors").ArgumentError, match="not a film"):
+        pack.call("ExamplePictures", example=titles[TO_MOVE], frames=2)
+    given = pack.call("ExamplePictures", example=titles[TO_MOVE], size=128)
+    edit = pack.call("CoarseEdit", source=given.source, mask=given.mask, x=-20)
+    assert edit.hole.any() and torch.equal(edit.moved.sum(), given.mask.sum())
+    assert not torch.equal(given.reference, given.source)
 
 
 def test_an_example_that_does_not_exist_is_refused(pack):

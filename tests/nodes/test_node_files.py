@@ -7,7 +7,7 @@ import sys
 import pytest
 import test_hub
 import torch
-from host_double import ROOT, Host, InterruptProcessingException, InvalidPrompt, installed, loaded_pack
+from host_double import NODE_ID, ROOT, Host, InterruptProcessingException, InvalidPrompt, installed, loaded_pack
 from model_files import CHECKPOINT, DEPTH, SINGLE, VAE, VAE_FOLDER
 from node_pictures import boxes, noise
 from node_schemas import EMBEDDED
@@ -289,6 +289,48 @@ def test_a_cancelled_download_goes_on_where_it_stopped(pack, host, hub):
     host.reset()
     pack.call("Download", action="download")
     assert ("file", test_hub.BIN, f"bytes={part}-", None) in hub.requests
+
+
+TERMS = "Licence of Some: research only"
+ACCEPTED = "I accept: non-commercial research only"
+
+
+@pytest.fixture
+def restricted(pack, hub, monkeypatch):
+    """Magic Fixup's release, on the hub of these tests: one large file, of any name."""
+    release = pack.core("hub").Release(test_hub.hub.REPOSITORY, terms=TERMS)
+    monkeypatch.setitem(pack.part("files").RELEASED, "Magic Fixup", release)
+    hub.commits[test_hub.COMMIT] = {"model-final.ckpt": b"weights" * 1000, "config.json": b"{}"}
+    return {"weights": "Magic Fixup", "folder": "fixup"}
+
+
+def test_what_the_nodes_say_is_on_the_node_and_in_the_history(pack, host, hub, release):
+    for call in (lambda: pack.call("Download", folder="weights"), lambda: pack.call("Convert")):
+        host.texts.clear()
+        assert host.texts == [(NODE_ID, call().ui.text)]
+
+
+def test_restricted_weights_are_shown_with_their_licence(pack, host, hub, restricted):
+    shown = pack.call("Download", **restricted).ui.text
+    assert TERMS in shown and "model-final.ckpt" in shown
+    assert hub.payloads() == [] and not host.models.exists()
+
+
+def test_restricted_weights_are_fetched_only_for_those_who_accept_the_licence(pack, host, hub, errors, restricted):
+    for given in ({}, {"licence": "not accepted"}):
+        with pytest.raises(errors.ArgumentError, match=rf"{TERMS}.*Nothing was fetched"):
+            pack.call("Download", action="download", **restricted, **given)
+    assert hub.payloads() == [] and not host.models.exists()
+    result = pack.call("Download", action="download", **restricted, licence=ACCEPTED)
+    assert result.release == "fixup" and "Complete and verified" in result.ui.text
+    assert (host.models / "fixup" / "model-final.ckpt").read_bytes() == b"weights" * 1000
+
+
+@pytest.mark.parametrize("name", ["weights", "licence"])
+def test_a_choice_that_does_not_exist_is_refused(pack, hub, errors, name):
+    with pytest.raises(errors.ArgumentError, match="magic"):
+        pack.call("Download", action="download", **{name: "magic"})
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize("name", PATHS)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from host_double import InterruptProcessingException, InvalidPrompt, NotOnDevice
 from node_pictures import boxes, noise
-from node_schemas import EMBEDDED, NO_FILE
+from node_schemas import embedded
 from test_paint_by_example import WEIGHTS, tiny_config
 
 from mimicbrush_core.convert import convert
@@ -78,20 +78,26 @@ def model_names(pack, node):
 # --- Load --------------------------------------------------------------------------------------------------
 
 
-def test_without_files_the_list_says_so_and_the_check_says_what_to_do(pack, host):
-    assert model_names(pack, "MimicBrushLoadPaintByExample") == [NO_FILE]
+def test_the_embedded_model_is_loaded_as_a_new_node_has_it(pack, host):
+    loaded = pack.call("LoadPaintByExample").model.model
+    assert loaded.config["name"] == "Paint by Example small (embedded)"
+
+
+def test_a_missing_file_is_named_with_what_to_do(pack, host):
+    assert model_names(pack, "MimicBrushLoadPaintByExample") == [embedded("paint-by-example")]
     with pytest.raises(InvalidPrompt) as error:
-        pack.call("LoadPaintByExample")
-    for said in ("huggingface.co/Fantasy-Studio/Paint-by-Example", str(host.models), "Convert MimicBrush", "press R"):
-        assert said in str(error.value)
+        pack.call("LoadPaintByExample", model_name="gone.safetensors")
+    said = ("gone.safetensors", "huggingface.co/Fantasy-Studio/Paint-by-Example", str(host.models / FOLDER))
+    for one in (*said, "Convert MimicBrush", "press R", embedded("paint-by-example")):
+        assert one in str(error.value)
 
 
 def test_each_load_lists_its_own_folder(pack, host, models):
     (host.models / "mimicbrush").mkdir()
     for name in ("mimicbrush/other.safetensors", f"{FOLDER}/mine.safetensors", f"{FOLDER}/notes.txt"):
         (host.models / name).write_bytes(b"")
-    assert model_names(pack, "MimicBrushLoadPaintByExample") == ["mine.safetensors"]
-    assert model_names(pack, "MimicBrushLoad") == ["other.safetensors", EMBEDDED]
+    assert model_names(pack, "MimicBrushLoadPaintByExample") == ["mine.safetensors", embedded("paint-by-example")]
+    assert model_names(pack, "MimicBrushLoad") == ["other.safetensors", embedded("mimicbrush")]
 
 
 @pytest.mark.parametrize("name", ["gone.safetensors", "../secret.safetensors"])
@@ -144,7 +150,7 @@ def test_convert_writes_where_the_system_s_own_load_looks(pack, host, config, mo
     host.models.mkdir()
     shutil.copy(WEIGHTS, host.models / "published.safetensors")
     result = pack.call("Convert", release="published.safetensors", name="painter")
-    assert model_names(pack, "MimicBrushLoadPaintByExample") == ["painter.safetensors"] == [result.model_name]
+    assert model_names(pack, "MimicBrushLoadPaintByExample")[0] == "painter.safetensors" == result.model_name
     assert str(host.models / FOLDER / "painter.safetensors") in result.ui.text
     assert not (host.models / "mimicbrush").exists()
     assert pack.call("LoadPaintByExample", model_name=result.model_name).model.model.system == "paint-by-example"

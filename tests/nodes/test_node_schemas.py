@@ -5,7 +5,7 @@ import json
 
 import pytest
 from host_double import ROOT, Host, OldSchema, installed, loaded_pack
-from node_schemas import EMBEDDED, record, recorded, reduced
+from node_schemas import LOADERS, embedded, record, recorded, reduced
 
 NODES = (
     "MimicBrushLoad",
@@ -19,6 +19,10 @@ NODES = (
     "MimicBrushCorrespondence",
     "MimicBrushLoadPaintByExample",
     "MimicBrushPaintByExample",
+    "MimicBrushLoadMagicFixup",
+    "MimicBrushMagicFixup",
+    "MimicBrushLoadSmartBrush",
+    "MimicBrushSmartBrush",
     "MimicBrushMaskPrecision",
     "MimicBrushChangeMask",
     "MimicBrushBackgroundBlend",
@@ -94,10 +98,12 @@ def test_the_text_has_only_characters_every_windows_console_knows():
 
 
 def test_the_embedded_model_is_offered_after_the_user_s_files(pack, host):
-    (host.models / "mimicbrush").mkdir(parents=True)
-    (host.models / "mimicbrush" / "mine.safetensors").write_bytes(b"")
-    options = pack.object_info()["MimicBrushLoad"]["input"]["required"]["model_name"][1]["options"]
-    assert options == ["mine.safetensors", EMBEDDED]
+    for node, system in LOADERS.items():
+        folder = host.models / pack.part("host").FOLDERS[system]
+        folder.mkdir(parents=True)
+        (folder / "mine.safetensors").write_bytes(b"")
+        options = pack.object_info()[node]["input"]["required"]["model_name"][1]["options"]
+        assert options == ["mine.safetensors", embedded(system)]
 
 
 def test_search_words_reach_hosts_that_know_them(pack):
