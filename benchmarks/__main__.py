@@ -29,6 +29,7 @@ PICTURES = PAGE.parent / "performance"
 COMMON = {
     "imports": "imports",
     "memory_counted": "memory --count",
+    "systems": "systems",
     "edit_small": "edit --small --steps 20 --accelerate guidance_to_0.8 reference_every_2 deep_every_2 dpmpp_2m_20 "
     "channels_last",
 }

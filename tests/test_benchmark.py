@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import __main__ as command
-from benchmarks import batch, common, cost, edit, imports, memory, opt_ins, plots, profile, solvers, step
+from benchmarks import batch, common, cost, edit, imports, memory, opt_ins, plots, profile, solvers, step, systems
 from mimicbrush_core.attention import attention_with_lse
 from mimicbrush_core.modules import PART_NAMES, Modules, bundled_config
 from mimicbrush_core.references import Reference
@@ -386,6 +386,7 @@ SMALL = {
     "memory_counted": (memory, ["--count"]),
     "solvers": (solvers, []),
     "profile": (profile, []),
+    "systems": (systems, ["--rounds", "1"]),
 }
 
 
@@ -406,6 +407,14 @@ def test_each_runs_and_says_what_it_found(small_results):
         assert data["table"].count("\n") >= 2
     measured = [point["measured"] for point in small_results["cost"]["points"] if point["measured"]]
     assert measured and all(one["min"] <= one["median"] <= one["max"] for one in measured)
+
+
+def test_a_step_of_the_other_systems_costs_no_more_than_their_networks():
+    counts = systems.counted(small=False, side=32)
+    assert counts["MimicBrush, known reference"] < counts["MimicBrush, new reference"] < 1.7
+    for title in ("Paint by Example", "SmartBrush"):
+        assert counts[title] < 1  # the rows share their start, and there are fewer tokens
+    assert counts["Magic Fixup"] < 1.15  # two U-Nets, but one row
 
 
 def test_plots_are_drawn(small_results, tmp_path):
