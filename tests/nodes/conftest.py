@@ -29,6 +29,36 @@ def pack(host_and_pack, host):
     return host_and_pack[1]
 
 
+@pytest.fixture
+def models(request, host):
+    """The folder inside models/ that the test module names as FOLDER, where Load looks; emptied after each test."""
+    folder = host.models / request.module.FOLDER
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def mine(models, file):
+    """mine.safetensors in there: the test module's model file."""
+    return shutil.copy(file, models / "mine.safetensors")
+
+
+@pytest.fixture(scope="module")
+def load(request, host_and_pack, file):
+    """load(node): what the wire carries of the test module's model file; nothing is left in its folder."""
+
+    def run(node):
+        host, pack = host_and_pack
+        folder = host.models / request.module.FOLDER
+        folder.mkdir(parents=True)
+        shutil.copy(file, folder)
+        loaded = pack.call(node, model_name=file.name, precision="fp32").model
+        shutil.rmtree(host.models)
+        return loaded
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def model(host_and_pack):
     """What a MIMICBRUSH_MODEL wire carries: the embedded model in fp32."""

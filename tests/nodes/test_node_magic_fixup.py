@@ -33,29 +33,10 @@ def file(tmp_path_factory, config):
     return write_random(tmp_path_factory.mktemp("weights") / "random.safetensors", config)
 
 
-@pytest.fixture
-def models(host):
-    """models/magic_fixup, where Load looks; emptied after each test."""
-    folder = host.models / FOLDER
-    folder.mkdir(parents=True)
-    return folder
-
-
-@pytest.fixture
-def mine(models, file):
-    """models/magic_fixup/mine.safetensors."""
-    return shutil.copy(file, models / "mine.safetensors")
-
-
 @pytest.fixture(scope="module")
-def model(host_and_pack, file):
+def model(load):
     """What a MAGIC_FIXUP_MODEL wire carries."""
-    host, pack = host_and_pack
-    (host.models / FOLDER).mkdir(parents=True)
-    shutil.copy(file, host.models / FOLDER)
-    loaded = pack.call("LoadMagicFixup", model_name="random.safetensors", precision="fp32").model
-    shutil.rmtree(host.models)
-    return loaded
+    return load("LoadMagicFixup")
 
 
 @pytest.fixture(scope="module")

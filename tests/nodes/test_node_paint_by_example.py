@@ -24,34 +24,15 @@ def config():
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory, config):
+def file(tmp_path_factory, config):
     """A small model of random weights, as one file."""
     return convert(WEIGHTS, tmp_path_factory.mktemp("weights") / "tiny.safetensors", config=config, precision="fp32")
 
 
-@pytest.fixture
-def models(host):
-    """models/paint_by_example, where Load looks; emptied after each test."""
-    folder = host.models / FOLDER
-    folder.mkdir(parents=True)
-    return folder
-
-
-@pytest.fixture
-def mine(models, converted):
-    """models/paint_by_example/mine.safetensors."""
-    return shutil.copy(converted, models / "mine.safetensors")
-
-
 @pytest.fixture(scope="module")
-def model(host_and_pack, converted):
+def model(load):
     """What a PAINT_BY_EXAMPLE_MODEL wire carries."""
-    host, pack = host_and_pack
-    (host.models / FOLDER).mkdir(parents=True)
-    shutil.copy(converted, host.models / FOLDER)
-    loaded = pack.call("LoadPaintByExample", model_name="tiny.safetensors", precision="fp32").model
-    shutil.rmtree(host.models)
-    return loaded
+    return load("LoadPaintByExample")
 
 
 @pytest.fixture
@@ -101,8 +82,8 @@ def test_each_load_lists_its_own_folder(pack, host, models):
 
 
 @pytest.mark.parametrize("name", ["gone.safetensors", "../secret.safetensors"])
-def test_what_is_not_in_the_folder_is_refused(pack, models, converted, name):
-    shutil.copy(converted, models.parent / "secret.safetensors")
+def test_what_is_not_in_the_folder_is_refused(pack, models, file, name):
+    shutil.copy(file, models.parent / "secret.safetensors")
     with pytest.raises(InvalidPrompt, match="There is no model"):
         pack.call("LoadPaintByExample", model_name=name)
     with pytest.raises(FileNotFoundError):  # neither do the functions behind the check find it

@@ -34,29 +34,10 @@ def file(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def models(host):
-    """models/smartbrush, where Load looks; emptied after each test."""
-    folder = host.models / FOLDER
-    folder.mkdir(parents=True)
-    return folder
-
-
-@pytest.fixture
-def mine(models, file):
-    """models/smartbrush/mine.safetensors."""
-    return shutil.copy(file, models / "mine.safetensors")
-
-
 @pytest.fixture(scope="module")
-def model(host_and_pack, file):
+def model(load):
     """What a SMARTBRUSH_MODEL wire carries."""
-    host, pack = host_and_pack
-    (host.models / FOLDER).mkdir(parents=True)
-    shutil.copy(file, host.models / FOLDER)
-    loaded = pack.call("LoadSmartBrush", model_name="random.safetensors", precision="fp32").model
-    shutil.rmtree(host.models)
-    return loaded
+    return load("LoadSmartBrush")
 
 
 @pytest.fixture
