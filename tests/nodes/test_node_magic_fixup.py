@@ -24,6 +24,7 @@ RESEARCH = "Adobe Research License: non-commercial research only"
 @pytest.fixture(scope="module")
 def config():
     small = bundled_config("magic_fixup_small")
+    del small["licence"]  # as in a file of one's own
     return {**small, "name": "random", "defaults": {**small["defaults"], "size": SIZE, "steps": STEPS}}
 
 
