@@ -304,7 +304,7 @@ def test_an_edit_stays_in_what_was_kept(model, source, mask):
     untouched = masks.feather_alpha(result.region, 2) == 0
     assert np.array_equal(result.picture[untouched], source[untouched])
     assert untouched[mask == 1].any() and (result.picture[result.region == 1] != source[result.region == 1]).any()
-    assert result.warnings == () and result.settings.guidance == 3.0
+    assert result.warnings == () and result.settings.guidance == model.config["defaults"]["guidance"]
 
 
 def test_predicted_mask_and_region_lie_where_the_picture_does(model, source):
