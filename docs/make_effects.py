@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mimicbrush_core.checkpoints import embedded_model_path
 from mimicbrush_core.coarse_edit import CUT, DUPLICATE, FLIP_LEFT_RIGHT, MOVE, CoarseEdit, coarse_edit, over_checker
 from mimicbrush_core.editing import EditSettings
-from mimicbrush_core.examples import EXAMPLES
+from mimicbrush_core.examples import EXAMPLES, TO_NAME
 from mimicbrush_core.images import pad_to_square, resize_bilinear, resize_lanczos
 from mimicbrush_core.inspection import COARSE, FINE, Inspection, inspect_edit
 from mimicbrush_core.inspection_pictures import LEAST_SIDE, draw_looks, draw_reliance
@@ -30,6 +30,7 @@ from mimicbrush_core.masks import MAX_PRECISION_LEVEL, precise_mask
 from mimicbrush_core.references import ReferenceUse
 from mimicbrush_core.sheets import BACKGROUND, INK, show_mask
 from mimicbrush_core.systems.mimicbrush import MimicBrush
+from mimicbrush_core.systems.smartbrush import BrushSettings, SmartBrush
 
 FOLDER = Path(__file__).parents[1] / "web" / "docs" / "images"
 TEMPLATES = Path(__file__).parents[1] / "workflows"
@@ -43,6 +44,8 @@ LABEL_HEIGHT = 30
 FONT = ImageFont.load_default(size=22)
 
 EXAMPLE = {example.name: example for example in EXAMPLES}
+WORDS = "an orange plain star"
+SLOPPY = 3  # the level of a mask that only hints at its shape
 WALL = (44, 56, 80)
 DIM = 0.45
 
@@ -301,6 +304,31 @@ def of_coarse_edit() -> dict[str, list[Panel]]:
     }
 
 
+def of_smartbrush() -> dict[str, list[Panel]]:
+    """A sloppy mask, of which the model is told more or less; and a box, with and without what it leaves over."""
+    model = SmartBrush.load()
+    source, outline, _ = TO_NAME.render()
+    sloppy, box = (precise_mask(outline, level) for level in (SLOPPY, MAX_PRECISION_LEVEL))
+
+    def meant(level: float) -> np.ndarray:
+        return model.edit(source, sloppy, WORDS, BrushSettings(precision=int(level))).picture
+
+    off, on = (
+        model.edit(source, box, WORDS, BrushSettings(precision=MAX_PRECISION_LEVEL, preserve_background=kept))
+        for kept in (False, True)
+    )
+    levels = series("mask_precision", list(range(MAX_PRECISION_LEVEL + 1)), meant)
+    return {
+        "smartbrush_precision": [("source, mask", show_mask(source, sloppy)), *levels],
+        "smartbrush_background": [
+            ("off", off.picture),
+            ("on", on.picture),
+            ("predicted mask", grey(on.predicted)),
+            ("repainted mask", grey(on.region)),
+        ],
+    }
+
+
 def batch(picture: np.ndarray) -> torch.Tensor:
     """uint8 [H,W,3] as the nodes hand it over: float [1,H,W,3]."""
     return torch.from_numpy(picture).float()[None] / 255
@@ -331,7 +359,7 @@ def main() -> None:
         write(name, panels)
     save("correspondence", correspondence(model))
     save("look_inside_an_edit", inspection_thumbnail(model), TEMPLATES)
-    for name, panels in of_coarse_edit().items():
+    for name, panels in [entry for sheets in (of_coarse_edit, of_smartbrush) for entry in sheets().items()]:
         write(name, panels)
     write("examples", examples(), tile=160)
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mimicbrush_core.coarse_edit import over_checker
 from mimicbrush_core.evaluation.exemplars import object_crop
 from mimicbrush_core.evaluation.fixups import collage
-from mimicbrush_core.examples import EXAMPLE_SIZE, EXAMPLES, TO_MOVE
+from mimicbrush_core.examples import EXAMPLE_SIZE, EXAMPLES, TO_MOVE, TO_NAME
 from mimicbrush_core.masks import grown, precise_mask
 from mimicbrush_core.sheets import BACKGROUND, INK, contact_sheet, show_mask
 from mimicbrush_core.systems.magic_fixup import MagicFixup
@@ -32,8 +32,7 @@ from mimicbrush_core.training.shapes import draw_shape
 PATH = Path(__file__).parent / "systems.jpg"
 TILE = 256
 COLUMNS = ("you have", "you give", "you get")
-SHAPE_SEED = HELD_OUT_SEED + 900_003
-PRECISION = 2
+PRECISION = 3
 
 Row = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -61,7 +60,7 @@ def magic_fixup() -> Row:
 
 
 def smartbrush() -> Row:
-    scene = draw_shape(SHAPE_SEED, EXAMPLE_SIZE)
+    scene = draw_shape(HELD_OUT_SEED + TO_NAME.seed, EXAMPLE_SIZE)
     mask = precise_mask(grown(scene.mask, 1).astype(np.float32), PRECISION)
     text = scene.look.caption
     painted = SmartBrush.load().edit(scene.background, mask, text, BrushSettings(precision=PRECISION))

@@ -33,6 +33,10 @@ FOUR_TILES = {
     "texture_transfer_with_depth": {"source": 3, "reference": 4, "depth": 10, "result": 12},
     "several_references": {"source": 3, "first reference": 4, "second reference": 6, "result": 14},
     "ksampler_bridge": {"source": 3, "reference": 4, "KSampler": 17, "result": 16},
+    "paint_by_example": {"source": 3, "mask": 6, "exemplar": 8, "result": 11},
+    "mimicbrush_and_paint_by_example": {"source": 3, "exemplar": 11, "MimicBrush": 15, "Paint by Example": 16},
+    "magic_fixup": {"original": 3, "mask": 5, "coarse edit": 6, "result": 9},
+    "smartbrush": {"background": 3, "mask": 5, "taken literally": 10, "taken loosely": 12},
     "mask_tools": {"coarser mask": 9, "edited": 13, "what changed": 16, "result": 18},
 }
 FILM = {"frames": 3, "masks": 6, "edited": 10}

@@ -116,5 +116,5 @@ TO_MOVE = Example("move", "A thing to move somewhere else, with Coarse Edit", "m
 """For Magic Fixup; the sets of `EXAMPLES` are for what imitates a picture."""
 
 TO_NAME = Example("shape", "A place for an orange plain star, with SmartBrush", "shape", 900_003)
-"""For SmartBrush: the title has the words for what belongs there. A star, as no other shape fills so little of its box:
-what a mask's precision does is to be seen."""
+"""For SmartBrush: the title has the words for what belongs there. This seed, unlike the others, was chosen, for its
+shape: a star leaves much of its box free, so that what a mask's precision does is to be seen."""

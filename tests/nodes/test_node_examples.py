@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from node_schemas import embedded
 
 TITLES = 6
 FILMS = TITLES - 2
@@ -55,6 +56,24 @@ def test_the_thing_to_move_is_one_picture_and_coarse_edit_takes_it(pack, titles)
     edit = pack.call("CoarseEdit", source=given.source, mask=given.mask, x=-20)
     assert edit.hole.any() and torch.equal(edit.moved.sum(), given.mask.sum())
     assert not torch.equal(given.reference, given.source)
+
+
+def test_the_embedded_smartbrush_takes_a_loose_mask_as_it_is_told_to(pack, titles):
+    """Its template, in small. Measured: red over blue 0.85 (before: 0.21); of the mask, the star is 0.97 and 0.60."""
+    given = pack.call("ExamplePictures", example=titles[TO_NAME], size=128)
+    loose = pack.call("MaskPrecision", mask=given.mask, level=3).coarser
+    model = pack.call("LoadSmartBrush", model_name=embedded("smartbrush")).model
+
+    def painted(level):
+        told = {"text": "an orange plain star", "mask_precision": level}
+        return pack.call("SmartBrush", model=model, source=given.source, mask=loose, **told)
+
+    literally, loosely = painted(0), painted(3)
+    red, _, blue = literally.image[given.mask == 1].mean(dim=0)
+    assert red - blue > 0.6
+    assert literally.predicted.sum() > 0.9 * loose.sum() and loosely.predicted.sum() < 0.75 * loose.sum()
+    kept = (loose == 1) & (loosely.repainted == 0)
+    assert kept.any() and torch.equal(literally.repainted, loose)
 
 
 def test_an_example_that_does_not_exist_is_refused(pack):

@@ -1,7 +1,10 @@
 """Load SmartBrush and SmartBrush: their files, the edit they make, what they tell and refuse, progress, memory."""
 
+import json
 import os
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +72,13 @@ def test_a_missing_file_is_named_with_the_way_to_get_one(pack, models):
 
 def test_the_description_tells_that_no_weights_are_public(pack):
     assert "Nobody has published" in pack.object_info()["MimicBrushLoadSmartBrush"]["description"]
+
+
+def test_the_template_tells_the_words_that_the_embedded_model_knows():
+    template = json.loads((Path(__file__).parents[2] / "workflows" / "smartbrush.json").read_text("utf-8"))
+    (note,) = (node["widgets_values"][0] for node in template["nodes"] if node["type"] == "MarkdownNote")
+    told = [word for line in re.findall("^- .+: (.+)$", note, re.MULTILINE) for word in line.split(", ")]
+    assert sorted(told) == sorted(bundled_config("smartbrush_small")["tokenizer"]["words"])
 
 
 def test_the_embedded_model_is_loaded_by_its_name(pack):
