@@ -6,13 +6,19 @@ import stat
 
 import numpy as np
 import pytest
+import torch
+from model_files import write_random
 from PIL import Image
 from test_paint_by_example import WEIGHTS, tiny_config
 
 from mimicbrush_core.cli import main
+from mimicbrush_core.coarse_edit import CoarseEdit, coarse_edit
 from mimicbrush_core.convert import convert
 from mimicbrush_core.examples import EXAMPLES
 from mimicbrush_core.images import save_png
+from mimicbrush_core.modules import bundled_config
+from mimicbrush_core.systems.magic_fixup import FixupSettings, MagicFixup
+from mimicbrush_core.systems.smartbrush import BrushSettings, SmartBrush
 
 SETTING, PICTURE, MODEL, OUTPUT = 2, 3, 4, 5
 
@@ -244,10 +250,11 @@ def test_paint_by_example_pastes_back_when_asked(pictures, tmp_path, painter):
 
 
 FOR_MIMICBRUSH = (["--weight", "1"], ["--keep-shape"], ["--shape-strength", "0.5"], ["--lora", "any.safetensors"])
-FOR_EXEMPLARS = (["--exemplar-fit", "crop"], ["--paste-back"])
+FOR_FIXUPS = (["--coarse", "edit.png"], ["--strength", "0.5"], ["--eta", "0"])
+FOR_OTHERS = (["--exemplar-fit", "crop"], ["--paste-back"], *FOR_FIXUPS)
 
 
-@pytest.mark.parametrize("options", FOR_MIMICBRUSH, ids=" ".join)
+@pytest.mark.parametrize("options", FOR_MIMICBRUSH + FOR_FIXUPS, ids=" ".join)
 def test_what_paint_by_example_does_not_know_is_refused_by_name(pictures, tmp_path, painter, capsys, options):
     assert edit(pictures, tmp_path / "out.png", "--model", painter, *options) == SETTING
     message = capsys.readouterr().err
@@ -262,7 +269,7 @@ def test_paint_by_example_knows_no_depth(pictures, tmp_path, painter, capsys):
         assert "Paint by Example" in message and "depth" in message
 
 
-@pytest.mark.parametrize("options", FOR_EXEMPLARS, ids=" ".join)
+@pytest.mark.parametrize("options", FOR_OTHERS, ids=" ".join)
 def test_what_mimicbrush_does_not_know_is_refused_by_name(pictures, tmp_path, capsys, options):
     assert edit(pictures, tmp_path / "out.png", *options) == SETTING
     message = capsys.readouterr().err
@@ -278,6 +285,177 @@ def test_an_unknown_exemplar_fit_is_refused(pictures, tmp_path, painter, capsys)
 def test_the_demo_is_for_mimicbrush(tmp_path, painter, capsys):
     assert main(["demo", "-o", str(tmp_path / "demo"), "--model", painter, "--device", "cpu"]) == MODEL
     assert "is Paint by Example; MimicBrush was expected" in capsys.readouterr().err
+
+
+# -------------------- Magic Fixup: an original and its coarse edit
+
+
+@pytest.fixture(scope="module")
+def fixer(tmp_path_factory):
+    """A small Magic Fixup of random weights, as one file."""
+    config = bundled_config("magic_fixup_small")
+    config["defaults"] |= {"size": 64, "steps": 2}
+    return str(write_random(tmp_path_factory.mktemp("fixer") / "fixer.safetensors", config))
+
+
+@pytest.fixture
+def coarse(pictures):
+    """edit.png beside the other pictures: the masked part moved to the right, as another program may save it."""
+    source, mask = (np.asarray(Image.open(pictures / f"{name}.png")) for name in ("source", "mask"))
+    result = coarse_edit(torch.tensor(source)[None] / 255, torch.tensor(mask)[None] / 255, CoarseEdit(x=30))
+    Image.fromarray((result.pictures[0].numpy() * 255).round().astype(np.uint8)).save(pictures / "edit.png")
+    return pictures / "edit.png"
+
+
+def fix(folder, output, *options):
+    given = ["--coarse", str(folder / "edit.png"), "--device", "cpu"]
+    return main(["edit", str(folder / "source.png"), "-o", str(output), *given, *options])
+
+
+def test_edit_with_magic_fixup(pictures, tmp_path, fixer, coarse):
+    output, grid = tmp_path / "out.png", tmp_path / "grid.png"
+    assert fix(pictures, output, "--model", fixer, "--strength", "0.5", "--eta", "0", "--grid", str(grid)) == 0
+    with Image.open(output) as result, Image.open(pictures / "source.png") as source, Image.open(grid) as sheet:
+        note = json.loads(result.text["mimicbrush"])
+        assert result.size == source.size
+        assert (np.asarray(result) != np.asarray(source)).any(axis=-1).mean() > 0.9
+        assert 3 * 256 < sheet.width < 4 * 256  # source, coarse edit, result
+    assert (note["settings"]["strength"], note["settings"]["eta"]) == (0.5, 0)
+    assert not note["settings"]["paste_back"] and "weight" not in note["settings"]
+    core = MagicFixup.load(fixer).edit(
+        np.asarray(Image.open(pictures / "source.png")),
+        np.asarray(Image.open(coarse)),
+        FixupSettings(strength=0.5, eta=0),
+    )
+    assert np.array_equal(np.asarray(Image.open(output)), core.picture)
+
+
+def test_magic_fixup_pastes_back_within_the_mask_or_what_was_edited(pictures, tmp_path, fixer, coarse):
+    source, layer, mask = (np.asarray(Image.open(pictures / f"{name}.png")) for name in ("source", "edit", "mask"))
+    edited = (layer[..., :3] != source).any(axis=-1) | (layer[..., 3] < 255)
+    for name, given, region in (("a.png", [], edited), ("b.png", [str(pictures / "mask.png")], mask > 0)):
+        inputs = [str(pictures / "source.png"), *given, "--coarse", str(coarse), "-o", str(tmp_path / name)]
+        options = ["--model", fixer, "--device", "cpu", "--paste-back", "--feather", "0"]
+        assert main(["edit", *inputs, *options]) == 0
+        result = np.asarray(Image.open(tmp_path / name))
+        assert np.array_equal(result[~region], source[~region]) and (result[region] != source[region]).any()
+
+
+@pytest.mark.parametrize("options", (*FOR_MIMICBRUSH, ["--exemplar-fit", "pad"]), ids=" ".join)
+def test_what_magic_fixup_does_not_know_is_refused_by_name(pictures, tmp_path, fixer, coarse, capsys, options):
+    assert fix(pictures, tmp_path / "out.png", "--model", fixer, *options) == SETTING
+    message = capsys.readouterr().err
+    assert "The model is Magic Fixup" in message and options[0] in message
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_what_is_missing_or_too_much_is_named(pictures, tmp_path, fixer, coarse, capsys):
+    source, output = str(pictures / "source.png"), ["-o", str(tmp_path / "out.png"), "--device", "cpu"]
+    mask, reference = str(pictures / "mask.png"), str(pictures / "reference.png")
+    for given, words in (
+        ([source], "The model is MimicBrush, which needs a mask"),
+        ([source, mask], "The model is MimicBrush, which needs a reference"),
+        ([source, "--system", "paint-by-example"], "The model is Paint by Example, which needs a mask"),
+        ([source, "--model", fixer], "The model is Magic Fixup, which needs a coarse edit (--coarse)"),
+        (
+            [source, mask, reference, "--model", fixer, "--coarse", str(coarse)],
+            "The model is Magic Fixup, which does not know a reference",
+        ),
+    ):
+        assert main(["edit", *given, *output]) == SETTING
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_a_coarse_edit_that_cannot_be_read_is_named(pictures, tmp_path, fixer, coarse, capsys):
+    coarse.write_bytes(b"nothing")
+    assert fix(pictures, tmp_path / "out.png", "--model", fixer) == PICTURE
+    assert "edit.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "system, name", [("paint-by-example", "Paint by Example"), ("magic-fixup", "Magic Fixup"), (None, "MimicBrush")]
+)
+def test_without_a_file_the_system_s_embedded_model_edits(pictures, tmp_path, coarse, system, name):
+    run, options = (fix if system == "magic-fixup" else edit), ["--system", system] if system else []
+    assert run(pictures, tmp_path / "out.png", *options, "--steps", "1") == 0
+    with Image.open(tmp_path / "out.png") as result:
+        assert json.loads(result.text["mimicbrush"])["model"] == f"{name} small (embedded)"
+
+
+def test_the_system_asked_for_must_be_that_of_the_file(pictures, tmp_path, fixer, capsys):
+    assert edit(pictures, tmp_path / "out.png", "--model", fixer, "--system", "mimicbrush") == MODEL
+    assert "is Magic Fixup; MimicBrush was expected" in capsys.readouterr().err
+
+
+# -------------------- SmartBrush: a text
+
+
+@pytest.fixture(scope="module")
+def brush(tmp_path_factory):
+    """A small SmartBrush of random weights, as one file."""
+    config = bundled_config("smartbrush_small")
+    config["defaults"] |= {"size": 64, "steps": 2}
+    return str(write_random(tmp_path_factory.mktemp("brush") / "brush.safetensors", config))
+
+
+def brush_edit(folder, output, *options):
+    pictures = [str(folder / f"{name}.png") for name in ("source", "mask")]
+    return main(["edit", *pictures, "-o", str(output), "--device", "cpu", *options])
+
+
+def test_edit_with_smartbrush(pictures, tmp_path, brush):
+    output, grid = tmp_path / "out.png", tmp_path / "grid.png"
+    options = ["--text", "a red disc", "--negative", "blue", "--precision", "1", "--whole-mask", "--grid", str(grid)]
+    assert brush_edit(pictures, output, "--model", brush, *options) == 0
+    source, mask = (np.asarray(Image.open(pictures / f"{name}.png")) for name in ("source", "mask"))
+    settings = BrushSettings(negative="blue", precision=1, preserve_background=False)
+    core = SmartBrush.load(brush).edit(source, mask.astype(np.float32) / 255, "a red disc", settings)
+    with Image.open(output) as result, Image.open(grid) as sheet:
+        assert np.array_equal(np.asarray(result), core.picture)
+        note = json.loads(result.text["mimicbrush"])
+        assert 3 * 256 < sheet.width < 4 * 256  # source, mask, result
+    assert note["text"] == "a red disc" and note["settings"]["precision"] == 1
+    assert not note["settings"]["preserve_background"]
+
+
+def test_what_smartbrush_tells_is_told(pictures, tmp_path, brush, caplog):
+    given = ["--model", brush, "--text", "a red disc", "--refine-from", "0", "--threshold", "1"]
+    assert brush_edit(pictures, tmp_path / "out.png", *given) == 0
+    assert "almost" in caplog.text
+
+
+@pytest.mark.parametrize("options", (*FOR_MIMICBRUSH, *FOR_OTHERS), ids=" ".join)
+def test_what_smartbrush_does_not_know_is_refused_by_name(pictures, tmp_path, brush, capsys, options):
+    assert brush_edit(pictures, tmp_path / "out.png", "--model", brush, "--text", "a disc", *options) == SETTING
+    message = capsys.readouterr().err
+    assert "The model is SmartBrush" in message and options[0] in message
+    assert not (tmp_path / "out.png").exists()
+
+
+FOR_BRUSHES = (
+    ["--text", "a disc"],
+    ["--negative", "blue"],
+    ["--precision", "0"],
+    ["--whole-mask"],
+    ["--refine-from", "1"],
+    ["--threshold", "0.1"],
+)
+
+
+@pytest.mark.parametrize("options", FOR_BRUSHES, ids=" ".join)
+def test_what_only_smartbrush_knows_is_refused_by_the_others(pictures, tmp_path, capsys, options):
+    assert edit(pictures, tmp_path / "out.png", *options) == SETTING
+    message = capsys.readouterr().err
+    assert "The model is MimicBrush" in message and options[0] in message
+
+
+def test_smartbrush_needs_a_text_it_knows(pictures, tmp_path, brush, capsys):
+    assert brush_edit(pictures, tmp_path / "out.png", "--model", brush) == SETTING
+    assert "The model is SmartBrush, which needs a text (--text)" in capsys.readouterr().err
+    assert brush_edit(pictures, tmp_path / "out.png", "--model", brush, "--text", "a dragon") == SETTING
+    assert "does not know 'dragon'" in capsys.readouterr().err
+    assert not (tmp_path / "out.png").exists()
 
 
 # -------------------- the demo

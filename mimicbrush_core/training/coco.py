@@ -26,7 +26,7 @@ def list_coco(annotations: Path, pictures: Path, captions: Path | None = None) -
     pictures: the folder of the picture files. captions: JSON of one phrase per annotation, {annotation id: phrase}.
     Nothing is decoded yet. Raises ArgumentError for a file that is missing or not of this format.
     """
-    content, phrases = _read_json(annotations), {} if captions is None else _read_json(captions)
+    content, phrases = _read_json(annotations), {} if captions is None else _read_phrases(captions)
     try:
         images = {image["id"]: image for image in content["images"]}
         classes = {category["id"]: category["name"] for category in content["categories"]}
@@ -106,6 +106,16 @@ def _fill_polygons(polygons: list[list[float]], height: int, width: int) -> np.n
         draw.polygon([_FINER * value - 0.5 for value in polygon], fill=1)  # Pillow counts from the pixels' middles
     cells = np.asarray(finer).reshape(height, _FINER, width, _FINER)
     return cells.sum(axis=(1, 3)) * 2 >= _FINER**2
+
+
+def _read_phrases(path: Path) -> dict[str, str]:
+    phrases = _read_json(path)
+    if not all(isinstance(phrase, str) for phrase in phrases.values()):
+        raise ArgumentError(
+            f"{path} does not hold one phrase for each annotation ({{annotation id: phrase}}). COCO's own captions are "
+            "of whole pictures, and of no use here."
+        )
+    return phrases
 
 
 def _read_json(path: Path) -> dict:

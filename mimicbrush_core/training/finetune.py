@@ -9,9 +9,7 @@ image projection and the depth projector, with Adam at 1e-5 in batches of 64.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -24,14 +22,15 @@ from torch import Tensor, nn
 
 from ..attention import reading_blocks
 from ..checkpoints import save_modules
-from ..errors import ArgumentError, ModelFileError, as_output_error
+from ..errors import ArgumentError
 from ..lora import LoraLayer, write_lora
-from ..modules import Modules
+from ..modules import MIMICBRUSH, Modules
 from ..systems.mimicbrush import MimicBrush
 from .dataset import sample_loader
 from .encoding import EncodedSample, PreparedSamples, SampleEncoder
 from .extras import require
 from .objective import Batch, Objective
+from .run_notes import RUN_NAMES, check_continues, recalled, remember
 from .samples import TrainingSample
 from .starts import StartingPoint
 from .trainer import (
@@ -48,7 +47,7 @@ from .validation import cases_of, judge
 
 logger = logging.getLogger(__name__)
 
-NAME = "finetune"
+NAME = RUN_NAMES[MIMICBRUSH]
 PAPER_PARTS = ("unet", "image_projection", "depth_projector")
 TRAINABLE = (*PAPER_PARTS, "reference_unet", "image_encoder")
 LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -305,10 +304,10 @@ def finetune(
         raise ArgumentError("The image encoder cannot be trained on prepared samples: it made them.")
     accelerator = make_accelerator(settings, device, run_folder)
     remembered = {"start": start.note(), "recipe": asdict(recipe), "seed": seed, "prepare": prepare}
-    _check_continues(run_folder, remembered)
+    check_continues(run_folder, NAME, remembered)
     modules, config = start.load(seed)
     if accelerator.is_main_process:
-        _remember(run_folder, remembered)
+        remember(run_folder, NAME, remembered)
     if prepare:
         if accelerator.is_main_process:
             _prepared(run_folder, modules, config, dataset, prepare, {"start": start.note(), "seed": seed}, accelerator)
@@ -339,14 +338,9 @@ def _prepared(folder: Path, modules: Modules, config: dict, dataset, count: int,
     PreparedSamples.write(folder / "prepared", dataset, count, SampleEncoder(modules, config), note, report)
 
 
-def is_finetune(run_folder: Path) -> bool:
-    """Whether a run folder is one of `finetune`."""
-    return (run_folder / f"{NAME}.json").exists()
-
-
 def export(run_folder: Path, path: Path) -> int:
     """Write what a run has learned, averaged: a LoRA, or the whole model in float16; returns the samples seen."""
-    remembered = _recalled(run_folder)
+    remembered = recalled(run_folder, NAME)
     recipe = Recipe(**{**remembered["recipe"], "train": tuple(remembered["recipe"]["train"])})
     checkpoint = run_folder / f"{NAME}.pt"
     if recipe.lora_rank:
@@ -369,34 +363,3 @@ def lora_layers(weights: dict[str, Tensor], alpha: float) -> dict[str, LoraLayer
         if ending:
             layers[layer] = LoraLayer(down, weights[f"unet.{layer}.lora_B.{rest}"], alpha)
     return layers
-
-
-def _remember(run_folder: Path, settings: dict) -> None:
-    """Keep what a run begins with, beside its checkpoints."""
-    path = run_folder / f"{NAME}.json"
-    with as_output_error(f"write to the folder {run_folder}", "Choose another one."):
-        run_folder.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(settings, indent=1))
-        os.replace(unfinished, path)
-
-
-def _recalled(run_folder: Path) -> dict:
-    path = run_folder / f"{NAME}.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelFileError(f"{path} cannot be read ({error}). Begin the run again in a new folder.") from error
-
-
-def _check_continues(run_folder: Path, settings: dict) -> None:
-    """Raise ArgumentError where the folder has a checkpoint that began with something else."""
-    if not (run_folder / f"{NAME}.pt").exists():
-        return
-    before, now = _recalled(run_folder), json.loads(json.dumps(settings))
-    for key in now.keys() | before.keys():
-        if before.get(key) != now.get(key):
-            raise ArgumentError(
-                f"The run in {run_folder} began with {key} {before.get(key)}, not {now.get(key)}. Go on with the same "
-                "settings, or use another folder."
-            )

@@ -153,7 +153,8 @@ def _filled(part: str, config: dict, path: Path, state_of) -> nn.Module:
     return filled_part(part, config, path, lambda like: state_of(path, like), torch.float32)
 
 
-def _unet_state(path: Path, channels: int, name: str) -> dict[str, Tensor]:
+def unet_state(path: Path, channels: int, name: str) -> dict[str, Tensor]:
+    """The tensors of a U-Net in diffusers layout; ModelFileError unless it has that many input channels."""
     state = read_tensors(path)
     weight = state.get("conv_in.weight")
     if not isinstance(weight, Tensor):
@@ -171,7 +172,7 @@ def _unet_state(path: Path, channels: int, name: str) -> dict[str, Tensor]:
 
 def _imitative_state(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inpainting U-Net with zero weights for the channels it does not have (depth), so that it begins as it was."""
-    state = _unet_state(path, INPAINTING_CHANNELS, "inpainting model")
+    state = unet_state(path, INPAINTING_CHANNELS, "inpainting model")
     return {**state, "conv_in.weight": widened(state["conv_in.weight"], like["conv_in.weight"].shape[1])}
 
 
@@ -184,7 +185,7 @@ def widened(weight: Tensor, channels: int) -> Tensor:
 
 def _reference_state(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Stable Diffusion's U-Net without what follows its last bank."""
-    state = _unet_state(path, 4, "U-Net of Stable Diffusion 1.5")
+    state = unet_state(path, 4, "U-Net of Stable Diffusion 1.5")
     return {name: value for name, value in state.items() if name in like}
 
 
