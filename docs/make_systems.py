@@ -89,7 +89,7 @@ def written(text: str) -> np.ndarray:
 
 def main() -> None:
     rows = [make() for make in ROWS.values()]
-    contact_sheet(rows, COLUMNS, TILE, list(ROWS)).save(PATH, quality=88, optimize=True)
+    contact_sheet(rows, COLUMNS, TILE, list(ROWS)).save(PATH, quality=80, optimize=True)
 
 
 if __name__ == "__main__":
