@@ -63,13 +63,9 @@ def tiny_config():
 
 
 def golden(name):
-    return load_file(GOLDEN / f"{name}.safetensors")
-
-
-def golden_preparation():
-    """Pictures and what is made of them before the networks: packed, as pictures pack well."""
-    with np.load(GOLDEN / "preprocess.npz") as packed:
-        return {name: torch.from_numpy(packed[name]) for name in packed.files}
+    """The recorded arrays of one file."""
+    with np.load(GOLDEN / f"{name}.npz") as packed:
+        return {key: torch.from_numpy(packed[key]) for key in packed.files}
 
 
 def error(ours, recorded):
@@ -130,11 +126,11 @@ def test_holes_are_filled_as_the_original_does():
 @pytest.fixture(scope="module")
 def prepared():
     """The recorded coarse edit, prepared: filled uint8 [512,512,3], alpha uint8 [512,512]."""
-    return prepare_coarse(golden_preparation()["edit_rgba"].numpy(), 512)
+    return prepare_coarse(golden("preprocess")["edit_rgba"].numpy(), 512)
 
 
 def test_preparation_of_the_coarse_edit(prepared):
-    case, (filled, alpha) = golden_preparation(), prepared
+    case, (filled, alpha) = golden("preprocess"), prepared
     hole = masks.grown(alpha < 128, 3) > 0
     assert np.array_equal(hole, case["hole_dilated"].numpy() > 0)
     recorded = case["inpainted"].numpy()

@@ -61,13 +61,9 @@ def tiny_config():
 
 
 def golden(name):
-    return load_file(GOLDEN / f"{name}.safetensors")
-
-
-def golden_preparation():
-    """Pictures and what is made of them before the networks: packed, as pictures pack well."""
-    with np.load(GOLDEN / "preprocess.npz") as packed:
-        return {name: torch.from_numpy(packed[name]) for name in packed.files}
+    """The recorded arrays of one file."""
+    with np.load(GOLDEN / f"{name}.npz") as packed:
+        return {key: torch.from_numpy(packed[key]) for key in packed.files}
 
 
 def error(ours, recorded):
@@ -88,7 +84,7 @@ def model(config):
 @pytest.fixture(scope="module")
 def recorded():
     """The recorded pictures and what the original made of them."""
-    return golden_preparation()
+    return golden("preprocess")
 
 
 @pytest.fixture(scope="module")
