@@ -12,7 +12,6 @@ import torch
 from comfy.utils import ProgressBar
 from comfy_api.latest import ui
 from PIL import Image
-from server import PromptServer
 
 from ..mimicbrush_core.editing import Progress
 from ..mimicbrush_core.errors import ArgumentError
@@ -237,5 +236,7 @@ def shown_text(node: type, text: str) -> ui.PreviewText:
 
     Frontends show the texts in a node's `ui` on few nodes of their own, but what is sent as progress on any.
     """
+    from server import PromptServer  # only here: it brings the whole web server, which the pack loads without
+
     PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
     return ui.PreviewText(text)
