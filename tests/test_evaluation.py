@@ -362,9 +362,9 @@ def test_sheet_shows_all_pictured_cases(results):
 
 def test_pictured_cases_are_drawn_by_lot():
     """The same for every model, and not the first ones."""
-    assert drawn_by_lot(200) == drawn_by_lot(200) != frozenset(range(PICTURED))
-    assert len(drawn_by_lot(200)) == PICTURED and drawn_by_lot(200) <= frozenset(range(200))
-    assert drawn_by_lot(3) == {0, 1, 2}
+    assert drawn_by_lot(200, PICTURED) == drawn_by_lot(200, PICTURED) != frozenset(range(PICTURED))
+    assert len(drawn_by_lot(200, PICTURED)) == PICTURED and drawn_by_lot(200, PICTURED) <= frozenset(range(200))
+    assert drawn_by_lot(3, PICTURED) == {0, 1, 2}
     results = Results("toy", SIZE, 10, 1.5, "ddim", to_picture=frozenset({1, 4}))
     for index in range(6):
         results.add(Outcome(SimpleNamespace(index=index, set_name="parts"), {}, {}))
