@@ -35,7 +35,7 @@ from benchmarks.common import (
     started,
     time_rounds,
 )
-from mimicbrush_core.modules import MODULES, PUBLISHED_CONFIG, TITLES, bundled_config, parts_of
+from mimicbrush_core.modules import MODULES, PUBLISHED_CONFIG, TITLES, bundled_config, parts_of, small_name
 from mimicbrush_core.references import Reference, ReferenceUse
 from mimicbrush_core.repaint import Repainter
 from mimicbrush_core.sampling import make_scheduler
@@ -68,10 +68,10 @@ class Setting:
 
 
 def random_model(kind: type[Repainter], setting: Setting, small: bool) -> Repainter:
-    name = f"{kind.system.replace('-', '_')}_small" if small else PUBLISHED_CONFIG[kind.system]
+    name = small_name(kind.system) if small else PUBLISHED_CONFIG[kind.system]
     config = bundled_config(name)
     if "tokenizer" in config:  # no word is read here, and CLIP's own vocabulary does not ship
-        config["tokenizer"] = bundled_config("smartbrush_small")["tokenizer"]
+        config["tokenizer"] = bundled_config(small_name(kind.system))["tokenizer"]
     parts = {part: random_part(part, config, setting.device, setting.dtype) for part in parts_of(config)}
     return kind(MODULES[kind.system](**parts), config)
 
@@ -144,7 +144,8 @@ ROWS = (
 
 def plain_step(setting: Setting, small: bool) -> Variant:
     """Both rows of a plain inpainting U-Net, as wide as Paint by Example's."""
-    name = "paint_by_example_small" if small else PUBLISHED_CONFIG[paint_by_example.PaintByExample.system]
+    system = paint_by_example.PaintByExample.system
+    name = small_name(system) if small else PUBLISHED_CONFIG[system]
     config = bundled_config(name)
     unet = random_part("unet", config, setting.device, setting.dtype)
     model_input = setting.latents(9).to(setting.dtype).repeat(2, 1, 1, 1)

@@ -13,10 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from mimicbrush_core.coarse_edit import over_checker
+from mimicbrush_core.coarse_edit import layer_over_checker
 from mimicbrush_core.evaluation.exemplars import object_crop
 from mimicbrush_core.evaluation.fixups import collage
 from mimicbrush_core.examples import EXAMPLE_SIZE, EXAMPLES, TO_MOVE, TO_NAME
@@ -54,9 +53,8 @@ def paint_by_example() -> Row:
 def magic_fixup() -> Row:
     scene = render_move(HELD_OUT_SEED + TO_MOVE.seed, EXAMPLE_SIZE)
     coarse = collage(scene, rough=2)
-    laid = over_checker(torch.from_numpy(coarse)[None].float() / 255)[0]
     fixed = MagicFixup.load().edit(scene.original, coarse).picture
-    return scene.original, (255 * laid).round().byte().numpy(), fixed
+    return scene.original, layer_over_checker(coarse), fixed
 
 
 def smartbrush() -> Row:

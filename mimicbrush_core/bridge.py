@@ -15,7 +15,7 @@ from .depth import DepthCondition
 from .encoders import encode_latents
 from .errors import ArgumentError
 from .references import ReferenceUse
-from .systems.mimicbrush import WHITE, MimicBrush, SourceCondition
+from .systems.mimicbrush import MimicBrush, SourceCondition
 
 # --- references ----------------------------------------------------------------------------------------------
 
@@ -88,7 +88,7 @@ def _shape_to_keep(depth: DepthCondition | None, index: int, picture: np.ndarray
 
 
 def _latents(brush: MimicBrush, picture: np.ndarray, size: int) -> Tensor:
-    pixels = images.to_model_range(images.resize_lanczos(images.pad_to_square(picture, WHITE), size))
+    pixels = images.to_model_range(images.resize_lanczos(images.pad_to_square(picture, images.WHITE), size))
     vae = brush.modules.vae
     return encode_latents(vae, pixels.to(vae.device, vae.dtype)).float()
 
@@ -103,7 +103,9 @@ def latent_colors(brush: MimicBrush, pictures: Sequence[np.ndarray], size: int) 
     The least-squares fit to these pictures, uint8 [H,W,3]; good enough for a preview.
     """
     latents = torch.cat([_latents(brush, picture, size) for picture in pictures]).cpu()  # [B,C,h,w]
-    squares = [images.resize_lanczos(images.pad_to_square(picture, WHITE), latents.shape[-1]) for picture in pictures]
+    squares = [
+        images.resize_lanczos(images.pad_to_square(picture, images.WHITE), latents.shape[-1]) for picture in pictures
+    ]
     colors = torch.cat([images.to_model_range(square) for square in squares])  # [B,3,h,w]
     known = latents.movedim(1, -1).flatten(0, 2)
     known = torch.cat([known, torch.ones(len(known), 1)], dim=1)

@@ -39,6 +39,7 @@ from .modules import (
     bundled_config,
     parts_of,
     restore_buffers,
+    small_name,
 )
 from .recognition import (
     DEPTH,
@@ -126,7 +127,7 @@ EXEMPLAR_SOURCE = (
 
 def embedded_model_path(system: str = MIMICBRUSH) -> Path:
     """The small model of a system that is shipped inside the package."""
-    return Path(str(files(__package__).joinpath("assets", f"{system.replace('-', '_')}_small.safetensors")))
+    return Path(str(files(__package__).joinpath("assets", f"{small_name(system)}.safetensors")))
 
 
 def load_modules(

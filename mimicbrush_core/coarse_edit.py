@@ -129,6 +129,12 @@ def over_checker(pictures: Tensor) -> Tensor:
     return color * alpha + board * (1 - alpha)
 
 
+def layer_over_checker(layer: np.ndarray) -> np.ndarray:
+    """One layer in 8 bits, uint8 [H,W,4], to be looked at: uint8 [H,W,3]."""
+    laid = over_checker(torch.from_numpy(layer)[None].float() / 255)[0]
+    return (laid * 255).round().byte().numpy()
+
+
 # --- one picture ---------------------------------------------------------------------------------------------
 
 

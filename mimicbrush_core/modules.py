@@ -113,6 +113,16 @@ def bundled_config(name: str) -> dict:
     return json.loads(files(__package__).joinpath("configs", f"{name}.json").read_text())
 
 
+def small_name(system: str) -> str:
+    """What the embedded model's configuration and file are called."""
+    return f"{system.replace('-', '_')}_small"
+
+
+def resized(config: dict, size: int) -> dict:
+    """A configuration for pictures of `size` pixels."""
+    return {**config, "defaults": {**config["defaults"], "size": size}}
+
+
 def build_modules(config: dict) -> Parts:
     """All networks of `config` with fresh weights (or on the device of a surrounding `torch.device`)."""
     return MODULES[config["system"]](**{name: build_part(name, config) for name in parts_of(config)})

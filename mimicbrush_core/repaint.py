@@ -138,6 +138,10 @@ class Repainter:
     def _scheduler(self, settings: RepaintSettings):
         return make_scheduler(self.config["scheduler"], settings.scheduler, settings.steps, settings.spacing)
 
+    def own_scheduler(self, steps: int):
+        """The one that the model is sampled with where nothing else is asked for."""
+        return make_scheduler(self.config["scheduler"], self.config["defaults"]["scheduler"], steps)
+
     def _completed(self, settings: RepaintSettings, size: int | None) -> RepaintSettings:
         """Check the settings and fill in the model's defaults; size: that of what is encoded already."""
         settings.check()

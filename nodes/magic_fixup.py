@@ -25,6 +25,7 @@ from .sampler import (
     edit_settings,
     finish_inputs,
     output_of,
+    setting_input,
     step_inputs,
     zoom_inputs,
 )
@@ -81,7 +82,6 @@ class LoadMagicFixup(io.ComfyNode):
 class MagicFixupNode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        limits = FixupSettings.LIMITS
         return schema(
             node_id="MimicBrushMagicFixup",
             display_name="Magic Fixup",
@@ -103,21 +103,16 @@ class MagicFixupNode(io.ComfyNode):
                     "nothing is known. One for all originals, or one each; several for one original are variations.",
                 ),
                 *step_inputs("released: 50"),
-                io.Float.Input(
+                setting_input(
+                    FixupSettings,
                     "strength",
-                    default=1.0,
-                    min=limits["strength"][0],
-                    max=limits["strength"][1],
                     step=0.01,
                     tooltip="The share of the steps that is made. 1: as published. Less: closer to the coarse edit, "
                     "and faster. The paper's start at 40 % is 0.6 or 0.4, depending on how it is read.",
                 ),
-                io.Float.Input(
+                setting_input(
+                    FixupSettings,
                     "eta",
-                    default=1.0,
-                    min=limits["eta"][0],
-                    max=limits["eta"][1],
-                    step=0.05,
                     tooltip="How much new noise each step adds. 1: as published. 0: none, for smoother pictures.",
                 ),
                 io.Int.Input(

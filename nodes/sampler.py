@@ -96,6 +96,12 @@ def sampling_inputs(
     ]
 
 
+def setting_input(kind: type[RepaintSettings], name: str, tooltip: str, step: float = 0.05):
+    """A number of a system's settings, with its default and its limits."""
+    low, high = kind.LIMITS[name]
+    return io.Float.Input(name, default=getattr(kind, name), min=low, max=high, step=step, tooltip=tooltip)
+
+
 def zoom_inputs(note: str = "", around: str = "mask") -> list:
     """note: what zoom's tooltip says beside. around: the input that says where."""
     return [

@@ -19,6 +19,7 @@ from .sampler import (
     output_values,
     picture_inputs,
     sampling_inputs,
+    setting_input,
     zoom_inputs,
 )
 from .schema import BRUSH_MODEL, check_choice, schema
@@ -62,28 +63,21 @@ class LoadSmartBrush(io.ComfyNode):
 
 def _region_inputs() -> list:
     """How much of the mask is repainted."""
-    limits, defaults = BrushSettings.LIMITS, BrushSettings()
     return [
         io.Boolean.Input(
             "preserve_background",
-            default=defaults.preserve_background,
+            default=BrushSettings.preserve_background,
             tooltip="On: what lies inside the mask but beside the new thing is given back to the background, as the "
             "model predicts it. Off: all of the mask is repainted.",
         ),
-        io.Float.Input(
+        setting_input(
+            BrushSettings,
             "refine_from",
-            default=defaults.refine_from,
-            min=limits["refine_from"][0],
-            max=limits["refine_from"][1],
-            step=0.05,
             tooltip="After which share of the steps the predicted mask takes over, with preserve_background. 1: never.",
         ),
-        io.Float.Input(
+        setting_input(
+            BrushSettings,
             "threshold",
-            default=defaults.threshold,
-            min=limits["threshold"][0],
-            max=limits["threshold"][1],
-            step=0.05,
             tooltip="What counts as the new thing in the predicted mask, with preserve_background. Lower: more is "
             "repainted.",
         ),

@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from recordings import GOLDEN, error, recording
 from safetensors.torch import load_file, save_file
 
 from mimicbrush_core import images, masks
@@ -31,11 +33,11 @@ from mimicbrush_core.systems.mimicbrush import MimicBrush
 from mimicbrush_core.systems.paint_by_example import PaintByExample
 from mimicbrush_core.verify import inspect
 
-GOLDEN = Path(__file__).parent / "golden" / "magic_fixup"
-WEIGHTS = GOLDEN / "weights.safetensors"
+WEIGHTS = GOLDEN / "magic_fixup" / "weights.safetensors"
 """In the layout of the original checkpoint, with the keys that are never used."""
 
-META = json.loads((GOLDEN / "meta.json").read_text())
+golden = partial(recording, "magic_fixup")
+META = json.loads((GOLDEN / "magic_fixup" / "meta.json").read_text())
 FORWARD, LATENTS, LOSS, VAE = 5e-5, 5e-4, 1e-5, 1e-5
 FILL_PSNR = 30
 QUICK = FixupSettings(size=128, steps=2)  # where the tiny model, of one channel per group, still has 2 x 2
@@ -60,17 +62,6 @@ def tiny_config():
             "layers_per_block": vae["num_res_blocks"],
         },
     }
-
-
-def golden(name):
-    """The recorded arrays of one file."""
-    with np.load(GOLDEN / f"{name}.npz") as packed:
-        return {key: torch.from_numpy(packed[key]) for key in packed.files}
-
-
-def error(ours, recorded):
-    assert ours.shape == recorded.shape and ours.dtype == recorded.dtype
-    return (ours - recorded).abs().max().item()
 
 
 @pytest.fixture(scope="module")

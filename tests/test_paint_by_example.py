@@ -3,11 +3,12 @@
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from recordings import GOLDEN, error, recording
 from safetensors.torch import load_file, save_file
 
 from mimicbrush_core import images, keys, masks
@@ -27,11 +28,11 @@ from mimicbrush_core.systems.paint_by_example import (
 )
 from mimicbrush_core.verify import inspect
 
-GOLDEN = Path(__file__).parent / "golden" / "paint_by_example"
-WEIGHTS = GOLDEN / "weights.safetensors"
+WEIGHTS = GOLDEN / "paint_by_example" / "weights.safetensors"
 """In the layout of the original checkpoint."""
 
-META = json.loads((GOLDEN / "meta.json").read_text())
+golden = partial(recording, "paint_by_example")
+META = json.loads((GOLDEN / "paint_by_example" / "meta.json").read_text())
 ENCODER, FORWARD, LATENTS, VAE = 1e-6, 2e-5, 5e-4, 1e-5
 GUIDANCE = 5.0
 QUICK = ExemplarSettings(size=64, steps=2)
@@ -58,17 +59,6 @@ def tiny_config():
             "layers_per_block": vae["num_res_blocks"],
         },
     }
-
-
-def golden(name):
-    """The recorded arrays of one file."""
-    with np.load(GOLDEN / f"{name}.npz") as packed:
-        return {key: torch.from_numpy(packed[key]) for key in packed.files}
-
-
-def error(ours, recorded):
-    assert ours.shape == recorded.shape and ours.dtype == recorded.dtype
-    return (ours - recorded).abs().max().item()
 
 
 @pytest.fixture(scope="module")
@@ -370,7 +360,7 @@ def single_file(tmp_path_factory, config):
 
 @pytest.mark.parametrize("network", ("unet", "vae"))
 def test_key_mapping(network):
-    expected = json.loads((GOLDEN / f"keymap_{network}.json").read_text())
+    expected = json.loads((GOLDEN / "paint_by_example" / f"keymap_{network}.json").read_text())
     state = load_file(WEIGHTS)
     ours = keys.ldm_unet_keys(state, layers_per_block=2) if network == "unet" else keys.ldm_vae_keys(state, levels=4)
     assert ours.keys() == expected.keys()
@@ -398,7 +388,7 @@ def test_names_of_the_parts(size, config):
     assert len({key.split(".")[2] for key in encoder if key.startswith("mapper.blocks.")}) == 5
     # The recorded U-Net has no change of width between its first two levels.
     wider = {f"down_blocks.1.resnets.0.conv_shortcut.{name}" for name in ("weight", "bias")}
-    expected = json.loads((GOLDEN / "keymap_unet.json").read_text()).keys()
+    expected = json.loads((GOLDEN / "paint_by_example" / "keymap_unet.json").read_text()).keys()
     assert unet.keys() == (expected if size == "tiny" else expected | wider)
     assert unet["conv_in.weight"].shape[1] == 9
 

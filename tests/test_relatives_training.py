@@ -13,7 +13,7 @@ from mimicbrush_core.evaluation.exemplars import exemplar_cases, object_crop
 from mimicbrush_core.evaluation.fixups import FixupResults, collage, evaluate_fixups, fixup_cases, fixup_table
 from mimicbrush_core.evaluation.reports import report_on, sets_of
 from mimicbrush_core.masks import bounding_box, grown
-from mimicbrush_core.modules import build_modules, bundled_config
+from mimicbrush_core.modules import build_modules, bundled_config, small_name
 from mimicbrush_core.systems.magic_fixup import MagicFixup
 from mimicbrush_core.systems.mimicbrush import MimicBrush
 from mimicbrush_core.systems.paint_by_example import PaintByExample
@@ -238,7 +238,7 @@ def test_a_fixup_evaluation_compares_with_the_collage(fixup):
 @pytest.mark.parametrize("kind", (MimicBrush, PaintByExample, MagicFixup, SmartBrush), ids=lambda kind: kind.system)
 def test_every_system_is_reported_on_in_one_way(kind):
     seen = []
-    report = report_on(kind(*built(f"{kind.system.replace('-', '_')}_small")), 2, steps=1, on_case=seen.append)
+    report = report_on(kind(*built(small_name(kind.system))), 2, steps=1, on_case=seen.append)
     assert len(seen) == 2 * len(sets_of(kind.system))
     assert report.table.count("\n| ") >= 2 and "128 x 128" in report.table
     assert json.loads(report.figures, parse_constant=lambda name: pytest.fail(name))["cases"]

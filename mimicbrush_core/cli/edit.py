@@ -208,10 +208,7 @@ def _edit_of(model, pictures: dict, text: str | None, settings) -> Callable:
 
 def _shown(pictures: dict) -> dict:
     """The pictures as a sheet shows them, by their labels."""
-    import numpy as np
-    import torch
-
-    from ..coarse_edit import over_checker
+    from ..coarse_edit import layer_over_checker
     from ..sheets import show_mask
 
     shown = {"source": pictures["source"].over_white()}
@@ -220,8 +217,7 @@ def _shown(pictures: dict) -> dict:
     if "reference" in pictures:
         shown["reference"] = pictures["reference"].over_white()
     if "coarse edit" in pictures:
-        layer = torch.from_numpy(pictures["coarse edit"].layer()[None]).float() / 255
-        shown["coarse edit"] = (over_checker(layer)[0].numpy() * 255).round().astype(np.uint8)
+        shown["coarse edit"] = layer_over_checker(pictures["coarse edit"].layer())
     return shown
 
 

@@ -36,10 +36,7 @@ def system_of(arguments: argparse.Namespace) -> str:
 
 def load_mimicbrush(arguments: argparse.Namespace):
     """A MimicBrush; the embedded one where none is named."""
-    from ..systems.mimicbrush import MimicBrush
-
-    device, dtype = device_and_dtype(arguments)
-    return MimicBrush.load(arguments.model, device=device, dtype=dtype, vae=arguments.vae, depth=arguments.depth)
+    return load_any(arguments, SYSTEMS[0])[0]
 
 
 def load_any(arguments: argparse.Namespace, system: str):

@@ -22,11 +22,8 @@ _TRAINED_BY = {
 }
 """Argument of `train` that not every system knows -> the systems that do."""
 
-_FINETUNE_OPTIONS = (
-    *("model", "from_sd15", "from_inpainting", "image_encoder", "vae", "depth", "random"),
-    *("lora", "lora_alpha", "parts", "size", "ema", "half_frozen", "keep_activations", "prepare", "validation"),
-    *("segments", "coco", "pictures", "captions"),
-)
+_FINETUNE_OPTIONS = _TRAINED_BY.keys() - {"videos", "frames", "stills", "workers"}
+"""Arguments that ask for a fine-tuning; the others go with a preview, too."""
 
 
 def add_train(commands) -> None:

@@ -19,7 +19,7 @@ from ..errors import ArgumentError
 from ..modules import MIMICBRUSH, PAINT_BY_EXAMPLE
 from ..references import Reference, ReferenceUse, write_features
 from ..repaint import Repainter
-from ..sampling import initial_noise, make_scheduler
+from ..sampling import initial_noise
 from ..systems.mimicbrush import MimicBrush, SourceCondition
 from ..systems.paint_by_example import PaintByExample
 from ..training.scenes import CLIP_LIKE, Difficulty
@@ -167,7 +167,7 @@ def _imitations(model: MimicBrush, cases: Sequence[Case], steps: int, guidance: 
     noise = initial_noise([case.index for case in cases], tuple(condition.hole_latents.shape[1:]))
 
     def sample(copies: int, references: list) -> Tensor:
-        scheduler = make_scheduler(model.config["scheduler"], model.config["defaults"]["scheduler"], steps)
+        scheduler = model.own_scheduler(steps)
         repeated = _repeated(condition, copies)
         return model.sample(repeated, references, noise.repeat(copies, 1, 1, 1), scheduler, guidance)
 

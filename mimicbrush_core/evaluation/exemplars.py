@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..masks import bounding_box
-from ..sampling import initial_noise, make_scheduler
+from ..sampling import initial_noise
 from ..systems.paint_by_example import Exemplar, PaintByExample, SourceCondition
 from ..training.hole_masks import loose_mask
 from ..training.scenes import CLIP_LIKE, FramePair, render_pair
@@ -47,7 +47,7 @@ def exemplar_latents(model: PaintByExample, cases: Sequence[Case], steps: int, g
     noise = initial_noise([case.index for case in cases], tuple(condition.hole_latents.shape[1:]))
 
     def sample(token: Tensor) -> Tensor:
-        scheduler = make_scheduler(model.config["scheduler"], model.config["defaults"]["scheduler"], steps)
+        scheduler = model.own_scheduler(steps)
         return model.sample(condition, Exemplar(token, model), noise, scheduler, guidance)
 
     def tokens(pictures: Sequence[np.ndarray]) -> Tensor:

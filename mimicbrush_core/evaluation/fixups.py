@@ -15,16 +15,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..coarse_edit import MOVE, CoarseEdit, coarse_edit, over_checker
+from ..coarse_edit import MOVE, CoarseEdit, coarse_edit, layer_over_checker
 from ..encoders import encode_pictures
 from ..images import layer_from_array
 from ..masks import grown
-from ..sampling import SeededDraws, last_steps, make_scheduler
+from ..sampling import SeededDraws, last_steps
 from ..sheets import contact_sheet
 from ..systems.magic_fixup import FixupCondition, MagicFixup, prepare_coarse
 from ..training.scenes import HELD_OUT_SEED, MovedObject, render_move
 from .metrics import masked_psnr, mean_with_interval, ssim
-from .report import TILE
+from .report import TILE, markdown_table
 from .track import CASES, check_count, drawn_by_lot
 
 FIRST_SEED = HELD_OUT_SEED + 10_000_000
@@ -140,7 +140,7 @@ def _answered(model: MagicFixup, cases: list[FixupCase], steps: int, strength: f
     size = model.config["defaults"]["size"]
     condition = FixupCondition.of([model.encode(case.original, case.coarse, size) for case in cases])
     draw = SeededDraws([case.index for case in cases], tuple(condition.edit_latents.shape[1:]))
-    scheduler = make_scheduler(model.config["scheduler"], model.config["defaults"]["scheduler"], steps)
+    scheduler = model.own_scheduler(steps)
     latents = model.sample(condition, draw, last_steps(scheduler, strength))
     pictures = {
         "result": model.decode(latents),
@@ -160,20 +160,17 @@ def _answered(model: MagicFixup, cases: list[FixupCase], steps: int, strength: f
 def fixup_table(results: FixupResults) -> str:
     """The results as a Markdown table, with a line on how they were made."""
     gains = {metric: results.values("result", metric) - results.values("collage", metric) for metric in METRICS}
-    lines = [
-        ("over what changed", *KINDS, "result - collage", "result is closer"),
-        ("---",) + ("---:",) * 5,
-        *(
-            (
-                title,
-                *(f"{results.values(kind, metric).mean():{form}}" for kind in KINDS),
-                mean_with_interval(gains[metric], f"+{form}"),
-                f"{(gains[metric] > 0).mean():.0%}",
-            )
-            for metric, (title, form) in METRICS.items()
-        ),
+    head = ("over what changed", *KINDS, "result - collage", "result is closer")
+    rows = [
+        (
+            title,
+            *(f"{results.values(kind, metric).mean():{form}}" for kind in KINDS),
+            mean_with_interval(gains[metric], f"+{form}"),
+            f"{(gains[metric] > 0).mean():.0%}",
+        )
+        for metric, (title, form) in METRICS.items()
     ]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = markdown_table(head, rows)
     return (
         f"{results.model}, {results.steps} steps, strength {results.strength:g}, {results.size} x {results.size} "
         f"pixels, {len(results.outcomes)} held-out cases, one seed each, before pasting; the gain with its 95 % "
@@ -192,12 +189,7 @@ def fixup_sheet(results: FixupResults) -> Image.Image:
     """The pictured cases, whatever they look like: one row each, unpasted; RGB."""
     shown = [outcome for outcome in results.outcomes if outcome.pictures]
     rows = [
-        (o.case.original, _over_checker(o.case.coarse), o.pictures["collage"], o.pictures["result"], o.case.truth)
+        (o.case.original, layer_over_checker(o.case.coarse), o.pictures["collage"], o.pictures["result"], o.case.truth)
         for o in shown
     ]
     return contact_sheet(rows, COLUMNS, TILE, [f"case {outcome.case.index}" for outcome in shown])
-
-
-def _over_checker(coarse: np.ndarray) -> np.ndarray:
-    laid = over_checker(torch.from_numpy(coarse)[None].float() / 255)[0]
-    return (laid * 255).round().byte().numpy()

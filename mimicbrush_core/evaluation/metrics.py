@@ -66,8 +66,12 @@ def mean_with_interval(values: np.ndarray, form: str) -> str:
     """A mean and its 95 % interval in a number format, e.g. "+.2f"; "-" where the figure does not exist (NaN)."""
     if np.isnan(values).all():
         return "-"
-    low, high = bootstrap_interval(values)
-    return f"{values.mean():{form}} [{low:{form}}, {high:{form}}]"
+    return interval_text(float(values.mean()), *bootstrap_interval(values), form)
+
+
+def interval_text(mean: float, low: float, high: float, form: str) -> str:
+    """A mean and its bounds in a number format."""
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def _check(result: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from ..errors import ArgumentError
 from ..sheets import contact_sheet, show_mask
 from .evaluate import KINDS, Outcome, Results
-from .metrics import bootstrap_interval
+from .metrics import bootstrap_interval, interval_text
 from .track import scene_seed
 
 TILE = 128
@@ -49,14 +50,19 @@ def card_table(results: Results) -> str:
         "SSIM, right - none",
     )
     rows = [_card_row(name, numbers) for name, numbers in summary(results).items()]
-    lines = [head, ("---",) + ("---:",) * (len(head) - 1), *rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = markdown_table(head, rows)
     side = results.size
     return (
         f"{results.model}, {results.steps} steps, guidance {results.guidance:g}, {results.scheduler}, "
         f"{side} x {side} pixels: masked PSNR in dB on held-out cases, one seed per case, before pasting; "
         f"differences with 95 % intervals over cases.\n\n{table}\n"
     )
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The first column to the left, the others to the right."""
+    lines = [head, ("---",) + ("---:",) * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def to_json(results: Results) -> str:
@@ -94,17 +100,16 @@ def _card_row(name: str, numbers: dict) -> tuple[str, ...]:
         name,
         str(numbers["n"]),
         *(f"{numbers['psnr'][kind]:.2f}" for kind in KINDS),
-        _with_interval(none, 2),
-        _with_interval(wrong, 2),
+        _with_interval(none, "+.2f"),
+        _with_interval(wrong, "+.2f"),
         f"{none['won']:.0%}",
         f"{wrong['won']:.0%}",
-        _with_interval(numbers["ssim_right_minus_none"], 3),
+        _with_interval(numbers["ssim_right_minus_none"], "+.3f"),
     )
 
 
-def _with_interval(difference: dict[str, float], digits: int) -> str:
-    mean, low, high = (f"{difference[key]:+.{digits}f}" for key in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+def _with_interval(difference: dict[str, float], form: str) -> str:
+    return interval_text(difference["mean"], difference["low"], difference["high"], form)
 
 
 # --- pictures ----------------------------------------------------------------------------------------------

@@ -19,13 +19,14 @@ from PIL import Image
 
 from ..encoders import encode_pictures
 from ..masks import MAX_PRECISION_LEVEL, grown, latent_coverage, precise_mask
-from ..sampling import initial_noise, make_scheduler
+from ..sampling import initial_noise
 from ..sheets import contact_sheet, show_mask
 from ..systems.smartbrush import BrushCondition, BrushSettings, EncodedText, Painted, SmartBrush
 from ..training.dice import dice_loss
 from ..training.scenes import HELD_OUT_SEED
 from ..training.shapes import ShapeScene, draw_shape, nearest_colour
 from .metrics import mean_with_interval
+from .report import markdown_table
 from .track import CASES, check_count, drawn_by_lot
 
 BOUND = "autoencoder"
@@ -196,7 +197,7 @@ def _paint(model: SmartBrush, cases: Sequence[BrushCase], kind: str, settings: B
     condition = BrushCondition.of([model.encode_source(case.scene.background, case.mask(kind)) for case in cases])
     tokens = torch.cat([model.encode_text(case.scene.look.caption).tokens for case in cases])
     noise = initial_noise([case.index for case in cases], tuple(condition.clean.shape[1:]))
-    scheduler = make_scheduler(model.config["scheduler"], model.config["defaults"]["scheduler"], settings.steps)
+    scheduler = model.own_scheduler(settings.steps)
     negative = model.encode_text(settings.negative)
     return model.sample(condition, EncodedText(tokens, model), negative, noise, scheduler, settings)
 
@@ -239,8 +240,7 @@ def brush_table(results: BrushResults) -> str:
         "colour as named",
     )
     rows = [_row(results, kind) for kind in (*KINDS, BOUND)]
-    lines = [head, ("---",) + ("---:",) * (len(head) - 1), *rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = markdown_table(head, rows)
     literal = results.values(EXACT, "given") - results.values(BOX, "given")
     kept = results.values(KEPT, "background") - results.values(BOX, "background")
     return (

@@ -28,8 +28,6 @@ from ..repaint import Condition, Repainter, Work, device_of
 from ..reuse import KeptTokens, SharedStart
 from ..sampling import Draw, StepInfo, denoise, guide
 
-WHITE, BLACK = 255, 0
-
 
 @dataclass(frozen=True)
 class SourceCondition(Condition):
@@ -124,9 +122,9 @@ class MimicBrush(Repainter):
         size, region = self._size(size), None
         if mask is not None:
             masks.check_mask(mask, *picture.shape[:2], role="reference mask")
-            picture = np.where(masks.binarize(mask)[..., None], picture, np.uint8(WHITE))
+            picture = np.where(masks.binarize(mask)[..., None], picture, np.uint8(images.WHITE))
             region = masks.latent_coverage(mask, size, self.latent_factor)
-        square = images.pad_to_square(picture, WHITE)
+        square = images.pad_to_square(picture, images.WHITE)
         pixels = images.to_model_range(images.resize_lanczos(square, size))
         clip_size = self.modules.image_encoder.config.image_size
         tokens = image_tokens(
@@ -154,8 +152,8 @@ class MimicBrush(Repainter):
         range; default: that of the picture without the hole.
         """
         size = self._size(size)
-        square = images.pad_to_square(picture, WHITE)
-        holed = images.cut_hole(square, images.pad_to_square(masks.binarize(mask), BLACK))
+        square = images.pad_to_square(picture, images.WHITE)
+        holed = images.cut_hole(square, images.pad_to_square(masks.binarize(mask), images.BLACK))
         pixels = images.to_model_range(images.resize_lanczos(holed, size))
         latent_mask = masks.latent_mask(masks.mask_for_model(mask, size), self.latent_factor)
         hole_latents = self._encode(pixels, noise)
@@ -198,7 +196,7 @@ class MimicBrush(Repainter):
         for picture in pictures:
             if on_picture is not None:
                 on_picture(len(maps), len(pictures))
-            maps.append(self.estimate_depth(images.pad_to_square(picture, WHITE)))
+            maps.append(self.estimate_depth(images.pad_to_square(picture, images.WHITE)))
         nearest = torch.stack([one.max() for one in maps]).clamp_min(torch.finfo(torch.float32).tiny)
         if drawn is not None:
             drawn = fitted_depth_pictures(drawn, *pictures[0].shape[:2])
@@ -215,7 +213,7 @@ class MimicBrush(Repainter):
         picture = depth.pictures[index]
         if window == masks.whole_picture(*picture.shape[:2]):
             return depth.maps[index : index + 1]
-        seen = self.estimate_depth(images.pad_to_square(picture[window.slices], WHITE))
+        seen = self.estimate_depth(images.pad_to_square(picture[window.slices], images.WHITE))
         if depth.drawn is None:
             return seen
         return drawn_map(depth.drawn[index][window.slices], seen, float(depth.nearest[index]))

@@ -22,12 +22,10 @@ from ..repaint import Condition, Repainter, Work, device_of
 from ..reuse import KeptTokens, SharedStart
 from ..sampling import StepInfo, denoise, guide
 
-WHITE = 255
-
 EXEMPLAR_FITS = {
     "stretch": images.resize_bicubic,
     "crop": lambda picture, size: picture,  # as CLIP's own preparation does it: the middle square
-    "pad": lambda picture, size: images.pad_to_square(picture, WHITE),
+    "pad": lambda picture, size: images.pad_to_square(picture, images.WHITE),
 }
 """How an exemplar becomes square: squashed, as the original does it and was trained; its middle; or on white."""
 
@@ -101,7 +99,7 @@ class PaintByExample(Repainter):
         posterior's draw (default: its mode; the original draws).
         """
         size = self._size(size)
-        square = images.resize_lanczos(images.pad_to_square(picture, WHITE), size)
+        square = images.resize_lanczos(images.pad_to_square(picture, images.WHITE), size)
         keep = masks.keep_mask(mask, size)
         hole_latents = self._encode(images.to_model_range(square) * keep, noise)
         if soft_edges:

@@ -26,8 +26,6 @@ from ..reuse import KeptTokens, SharedStart
 from ..sampling import Draw, StepInfo, denoise, guide
 from ..text import encode_text, make_tokenizer
 
-WHITE = 255
-
 MEMORY = 0.5
 """How much of the predicted mask of the steps before stays in a step's: single predictions flicker."""
 
@@ -156,7 +154,7 @@ class SmartBrush(Repainter):
         mask touches is to be repainted.
         """
         size = self._size(size)
-        square = images.resize_lanczos(images.pad_to_square(picture, WHITE), size)
+        square = images.resize_lanczos(images.pad_to_square(picture, images.WHITE), size)
         clean = self._encode(images.to_model_range(square), None)
         touched = masks.latent_coverage(mask, size, self.latent_factor) > 0
         return BrushCondition(clean, touched.float().to(clean.device))

@@ -20,7 +20,7 @@ from ..encoders import encode_latents, encode_pictures
 from ..evaluation.exemplars import exemplar_cases, object_crop
 from ..images import clip_pixel_values, resize_bicubic, to_model_range
 from ..masks import soft_latent_mask
-from ..modules import ExemplarModules
+from ..modules import ExemplarModules, resized
 from ..systems.paint_by_example import PaintByExample
 from .curriculum import Curriculum
 from .hole_masks import loose_mask
@@ -132,7 +132,7 @@ class ExemplarTask(Task):
         self.learned = {"unet": modules.unet, "exemplar_encoder": modules.exemplar_encoder}
         self.size = size or config["defaults"]["size"]
         self.name = f"exemplar_{self.size}"
-        self.config = {**config, "defaults": {**config["defaults"], "size": self.size}}
+        self.config = resized(config, self.size)
         self.exemplar_size = config["exemplar_encoder"]["image_size"]
         self.curriculum = curriculum or Curriculum(identity=0, full=20_000)
         self.device = modules.unet.device

@@ -24,7 +24,7 @@ from ..attention import reading_blocks
 from ..checkpoints import save_modules
 from ..errors import ArgumentError
 from ..lora import LoraLayer, write_lora
-from ..modules import MIMICBRUSH, Modules
+from ..modules import MIMICBRUSH, Modules, resized
 from ..systems.mimicbrush import MimicBrush
 from .dataset import sample_loader
 from .encoding import EncodedSample, PreparedSamples, SampleEncoder
@@ -250,7 +250,7 @@ class FineTuneTask(Task):
         if not self._held_out or self._encoder is None:
             return None
         size = len(self._held_out[0].source)
-        model = MimicBrush(self.modules, {**self.config, "defaults": {**self.config["defaults"], "size": size}})
+        model = MimicBrush(self.modules, resized(self.config, size))
         steps = min(self.recipe.validation_steps, self.config["defaults"]["steps"])
         return judge(model, cases_of(self._held_out), steps, at_once=1)
 

@@ -18,7 +18,7 @@ from ..attention import DetailReading, transformer_blocks
 from ..encoders import encode_pictures
 from ..evaluation.fixups import KINDS, collage, evaluate_fixups, fixup_sheet
 from ..masks import grown, soft_latent_mask
-from ..modules import FixupModules
+from ..modules import FixupModules, resized
 from ..references import write_features
 from ..systems.magic_fixup import MagicFixup, prepare_coarse
 from .curriculum import Curriculum
@@ -65,7 +65,7 @@ class FixupTask(Task):
         self.learned = {"unet": modules.unet, "detail_extractor": modules.detail_extractor}
         self.size = size or config["defaults"]["size"]
         self.name = f"fixup_{self.size}"
-        self.config = {**config, "defaults": {**config["defaults"], "size": self.size}}
+        self.config = resized(config, self.size)
         self.curriculum = curriculum or Curriculum(identity=0, full=20_000)
         self.device = modules.unet.device
         self.denoising = Denoising(config["scheduler"], self.device)

@@ -16,7 +16,6 @@ Its relatives take the autoencoder of the embedded MimicBrush, and learn on smal
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,6 +35,7 @@ from ..modules import (
     Parts,
     build_modules,
     bundled_config,
+    small_name,
 )
 from .curriculum import Curriculum
 from .exemplar_task import ExemplarTask, LookTask
@@ -43,9 +43,7 @@ from .fixup_task import FixupTask
 from .scenes import render_pair
 from .smartbrush_task import CONTINUED, small_task
 from .tasks import AutoencoderTask, DepthTask, ImitationTask
-from .trainer import Task, TrainingSettings, averaged_weights, load_averaged, make_accelerator, read_checkpoint, train
-
-logger = logging.getLogger(__name__)
+from .trainer import Task, TrainingSettings, averaged_weights, copy_averaged, make_accelerator, read_checkpoint, train
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,7 @@ def export(run_folder: Path, path: Path, system: str = MIMICBRUSH) -> int:
 def _start(run_folder: Path, system: str, begins_with: Sequence[str], seed: int) -> tuple[Parts, dict]:
     """Fresh modules, with what the earlier stages learned; the same weights for the same seed."""
     torch.manual_seed(seed)
-    config = bundled_config(f"{system.replace('-', '_')}_small")
+    config = bundled_config(small_name(system))
     modules = build_modules(config)
     if system != MIMICBRUSH:
         _borrow_autoencoder(modules, config)
@@ -159,8 +157,9 @@ def _load_stage(run_folder: Path, stage: str, modules: Parts) -> int:
     path = run_folder / f"{stage}.pt"
     if not path.exists():
         raise ArgumentError(f"{run_folder} has no {path.name}: train the stage {stage!r} first.")
-    learned = {name.partition(".")[0] for name in averaged_weights(read_checkpoint(path))}
-    return load_averaged(path, {name: module for name, module in modules.items() if name in learned})
+    state = read_checkpoint(path)
+    learned = {name.partition(".")[0] for name in averaged_weights(state)}
+    return copy_averaged(state, {name: module for name, module in modules.items() if name in learned}, path)
 
 
 def _borrow_autoencoder(modules: Parts, config: dict) -> None:
@@ -168,16 +167,20 @@ def _borrow_autoencoder(modules: Parts, config: dict) -> None:
     embedded, its_config = load_modules(embedded_model_path())
     modules.vae.load_state_dict(embedded.vae.state_dict())
     modules.vae.requires_grad_(False)
-    config["vae"]["scaling_factor"] = its_config["vae"]["scaling_factor"]
-    modules.vae.register_to_config(scaling_factor=config["vae"]["scaling_factor"])
+    _set_scale(modules, config, its_config["vae"]["scaling_factor"])
 
 
 def _settle(modules: Modules, config: dict) -> None:
     """Round what imitation is learned on to float16, and scale its latents to unit spread."""
     for module in (modules.vae, modules.depth_network):
         module.requires_grad_(False).half().float()
-    config["vae"]["scaling_factor"] = _unit_scale(modules)
-    modules.vae.register_to_config(scaling_factor=config["vae"]["scaling_factor"])
+    _set_scale(modules, config, _unit_scale(modules))
+
+
+def _set_scale(modules: Parts, config: dict, factor: float) -> None:
+    """What latents are multiplied with, for the autoencoder and for the file that is made of it."""
+    config["vae"]["scaling_factor"] = factor
+    modules.vae.register_to_config(scaling_factor=factor)
 
 
 def _unit_scale(modules: Modules, scenes: int = 32) -> float:

@@ -20,7 +20,7 @@ import torch
 from ..checkpoints import save_modules
 from ..errors import ArgumentError
 from ..masks import MAX_PRECISION_LEVEL, precise_mask
-from ..modules import SMARTBRUSH, BrushModules
+from ..modules import SMARTBRUSH, BrushModules, resized
 from ..sheets import contact_sheet, show_mask
 from ..systems.smartbrush import BrushSettings, SmartBrush
 from .brush_start import BrushStart
@@ -75,7 +75,7 @@ class BrushFineTuneTask(SmartBrushTask):
         workers: int = 0,
         held_out: Sequence[Segment] = (),
     ):
-        config = {**config, "defaults": {**config["defaults"], "size": segments.size}}
+        config = resized(config, segments.size)
         judge = partial(judge_brush, held_out=held_out) if held_out else None
         super().__init__(
             modules, config, segments, seed, shares=recipe.shares, weights=recipe.weights, name=NAME, judge=judge

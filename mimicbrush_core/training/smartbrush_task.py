@@ -18,7 +18,7 @@ from ..encoders import encode_pictures
 from ..errors import ArgumentError
 from ..evaluation.smartbrush import brush_figures, brush_sheet, evaluate_brush
 from ..masks import MAX_PRECISION_LEVEL, latent_coverage, precise_mask
-from ..modules import SMARTBRUSH, BrushModules
+from ..modules import SMARTBRUSH, BrushModules, resized
 from ..systems.smartbrush import SmartBrush, composed
 from ..text import encode_text, make_tokenizer
 from .curriculum import Curriculum
@@ -202,7 +202,7 @@ def small_task(
 
     return SmartBrushTask(
         modules,
-        {**config, "defaults": {**config["defaults"], "size": size}},
+        resized(config, size),
         segment,
         seed,
         train_text=True,

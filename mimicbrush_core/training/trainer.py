@@ -196,7 +196,11 @@ def train(
 
 def load_averaged(path: Path, modules: dict[str, nn.Module]) -> int:
     """Load a checkpoint's averaged weights into `modules`; returns the samples they have seen."""
-    state = read_checkpoint(path)
+    return copy_averaged(read_checkpoint(path), modules, path)
+
+
+def copy_averaged(state: dict, modules: dict[str, nn.Module], path: Path) -> int:
+    """As `load_averaged`, of a checkpoint that was read already; path: where, for messages."""
     averaged = averaged_weights(state)
     for name, parameter in _named_parameters(modules).items():
         if name not in averaged:
