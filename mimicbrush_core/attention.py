@@ -63,8 +63,11 @@ def attention_with_lse(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tenso
     """Scaled dot-product attention and the log-sum-exp of its scaled scores.
 
     query [B,H,N,D], key and value [B,H,M,D]  ->  output [B,H,N,D], log-sum-exp [B,H,N] in float32.
-    Not differentiable through the log-sum-exp: the fused kernels do not offer it (see `blend_by_two_calls`).
+    Differentiable on the CPU only: elsewhere the fused kernels offer no gradient through the log-sum-exp (see
+    `blend_by_two_calls`).
     """
+    if query.device.type == "cpu" and torch.is_grad_enabled():
+        return _CpuAttention.apply(query, key, value)
     kernel = _lse_kernel(query)
     return kernel(query, key, value)
 
@@ -84,6 +87,59 @@ def _lse_kernel(query: Tensor):
 
 def _cpu_kernel(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
+
+
+class _CpuAttention(torch.autograd.Function):
+    """The CPU's kernel with a backward pass of our own, through the log-sum-exp too.
+
+    torch's backward kernel is slow on few tokens, and most of a small model's time. This one is five matrix products
+    and an exponential: with P the probabilities and l their log-sum-exp, of the output's gradient g and l's own h,
+
+        dV = P^T g,   dS = P * (g V^T - (g . output - h)),   dQ = dS K,   dK = dS^T Q.
+
+    What is subtracted from all scores of a query rides in the matrix products as two more columns against ones, its
+    upper and its lower half, so that bfloat16 loses nothing where probabilities are large.
+    """
+
+    SCORES_AT_ONCE = 1 << 20  # those of a few heads stay in the processor's cache
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        output, lse = _cpu_kernel(query, key, value)
+        ctx.save_for_backward(query, key, value, output, lse)
+        return output, lse
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, output, lse = ctx.saved_tensors
+        scale = 1.0 / math.sqrt(query.shape[-1])
+        offset = (grad.float() * output.float()).sum(-1) - grad_lse  # [B,H,N]
+        with torch.autocast("cpu", enabled=False):
+            sides = (_less(query * scale, lse), _less(grad, offset), _and_ones(key), _and_ones(value), query, key, grad)
+            at_once = max(1, _CpuAttention.SCORES_AT_ONCE // (query.shape[2] * key.shape[2]))
+            pieces = zip(*(side.flatten(0, 1).split(at_once) for side in sides), strict=True)
+            found = zip(*(_gradients(*piece) for piece in pieces), strict=True)
+            d_query, d_key, d_value = (torch.cat(parts).unflatten(0, query.shape[:2]) for parts in found)
+        return d_query.mul_(scale), d_key.mul_(scale), d_value
+
+
+def _less(rows: Tensor, offset: Tensor) -> Tensor:
+    """Rows [...,N,D] that lower each product with `_and_ones` by the row's offset [...,N]: [...,N,D+2]."""
+    upper = -offset.to(rows.dtype)
+    lower = (-offset - upper).to(rows.dtype)
+    return torch.cat([rows, upper[..., None], lower[..., None]], dim=-1)
+
+
+def _and_ones(rows: Tensor) -> Tensor:
+    return torch.cat([rows, rows.new_ones(*rows.shape[:-1], 2)], dim=-1)
+
+
+def _gradients(query_less, grad_less, key_ones, value_ones, query, key, grad) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of some heads' queries, keys (both unscaled) and values; all [n,tokens,D]."""
+    scores = torch.bmm(query_less, key_ones.transpose(1, 2)).exp_()  # the probabilities
+    d_value = torch.bmm(scores.transpose(1, 2), grad)
+    scores *= torch.bmm(grad_less, value_ones.transpose(1, 2))
+    return torch.bmm(scores, key), torch.bmm(scores.transpose(1, 2), query), d_value
 
 
 def _cuda_flash_kernel(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +171,7 @@ def plain_attention_with_lse(
 def blend_by_merging(
     query: Tensor, key: Tensor, value: Tensor, references: Sequence[tuple[Tensor, Tensor, float]]
 ) -> Tensor:
-    """Self-attention blended with references, each attended to once (inference).
+    """Self-attention blended with references, each attended to once (inference, and training on the CPU).
 
     query, key, value [B,H,N,D]; references: (key [B,H,M,D], value [B,H,M,D], weight > 0) each.
     Returns [B,H,N,D].
@@ -154,7 +210,7 @@ def _mixed(first: Tensor, second: Tensor, share: Tensor, scale: float = 1.0) -> 
 def blend_by_two_calls(
     query: Tensor, key: Tensor, value: Tensor, references: Sequence[tuple[Tensor, Tensor, float]]
 ) -> Tensor:
-    """The same blend from a plain and a joint attention; differentiable, so training uses it."""
+    """The same blend from a plain and a joint attention; differentiable on every device."""
     own = F.scaled_dot_product_attention(query, key, value)
     keys = torch.cat([key, *(ref_key for ref_key, _, _ in references)], dim=2)
     values = torch.cat([value, *(ref_value for _, ref_value, _ in references)], dim=2)
@@ -174,9 +230,10 @@ def _weight_bias(key: Tensor, references: Sequence[tuple[Tensor, Tensor, float]]
 # --- patching a U-Net --------------------------------------------------------------------------------------
 
 
-ReadingObserver = Callable[[str, Tensor, Sequence[tuple[Tensor, Tensor, float]], Tensor], None]
+ReadingObserver = Callable[[str, Tensor, Sequence[tuple[Tensor, Tensor, float]], Tensor | None], None]
 """observer(block name, query [B,H,N,D], references, share [B,H,N]): the reading rows' queries, the references as
-`blend_by_merging` takes them, and the part of the joint attention's mass that is on them, in float32."""
+`blend_by_merging` takes them, and the part of the joint attention's mass that is on them, in float32; None for that
+where it is not known, in training on a graphics card."""
 
 
 class ReferenceReading:
@@ -185,7 +242,7 @@ class ReferenceReading:
     references: replaced by the caller before each step; empty (or all of weight 0) means plain attention.
     reading_rows: how many of the batch's *last* rows read (the conditional ones); None = all. The other rows
         stay bit-identical to the unpatched U-Net.
-    observer: told of every reading, if there is one; replaced by the caller before each step. Not told in training.
+    observer: told of every reading, if there is one; replaced by the caller before each step.
 
     Leaving the context, by whatever way, puts the U-Net's own processors back and lets the features go.
     """
@@ -239,12 +296,12 @@ class _ReadingProcessor:
         return finish(attn, output, hidden_states.dtype)
 
     def _blend(self, query: Tensor, key: Tensor, value: Tensor, references) -> Tensor:
-        if torch.is_grad_enabled():  # the fused kernels give no gradient through the log-sum-exp
-            return blend_by_two_calls(query, key, value, references)
-        if self.reading.observer is None:
-            return blend_by_merging(query, key, value, references)
-        output, share = blend_and_share(query, key, value, references)
-        self.reading.observer(self.name, query, references, share)
+        if torch.is_grad_enabled() and query.device.type != "cpu":
+            output, share = blend_by_two_calls(query, key, value, references), None
+        else:
+            output, share = blend_and_share(query, key, value, references)
+        if self.reading.observer is not None:
+            self.reading.observer(self.name, query, references, share)
         return output
 
     def _keys_and_values(self, attn, rows: int, like: Tensor) -> list[tuple[Tensor, Tensor, float]]:
@@ -258,6 +315,40 @@ class _ReadingProcessor:
             value = split_heads(attn.to_v(bank), attn.heads).expand(rows, -1, -1, -1)
             result.append((key, value, reference.weight))
         return result
+
+
+class CpuTrainingAttention:
+    """While entered, the attentions of some U-Nets are computed by what learns fastest on a CPU.
+
+    Leaving the context puts their own processors back. Enter it before `ReferenceReading`, which keeps what it finds.
+    """
+
+    def __init__(self, *unets: nn.Module):
+        blocks = [block for unet in unets for block in transformer_blocks(unet).values()]
+        layers = [layer for block in blocks for layer in (block.attn1, block.attn2)]
+        self._layers = [layer for layer in layers if hasattr(layer, "set_processor")]  # some were dropped
+        self._processors: list = []
+
+    def __enter__(self) -> CpuTrainingAttention:
+        self._processors = [layer.processor for layer in self._layers]
+        for layer in self._layers:
+            layer.set_processor(_plain_processor)
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        for layer, processor in zip(self._layers, self._processors, strict=True):
+            layer.set_processor(processor)
+        self._processors = []
+
+
+def _plain_processor(attn, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_unused) -> Tensor:
+    """diffusers' `AttnProcessor2_0` for the attentions of a transformer block, [B,N,C]."""
+    seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+    query, key, value = (
+        split_heads(project(tokens), attn.heads)
+        for project, tokens in ((attn.to_q, hidden_states), (attn.to_k, seen), (attn.to_v, seen))
+    )
+    return finish(attn, attention_with_lse(query, key, value)[0], hidden_states.dtype)
 
 
 class DetailReading:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from mimicbrush_core import attention
-from mimicbrush_core.attention import ReferenceFeatures, ReferenceReading, reading_blocks
+from mimicbrush_core.attention import CpuTrainingAttention, ReferenceFeatures, ReferenceReading, reading_blocks
 from mimicbrush_core.references import write_features
 
 TIMESTEP = 741
@@ -126,6 +126,39 @@ def test_half_precision(dtype, tolerance):
         assert (output - expected).abs().max() <= tolerance
     _, lse = attention.plain_attention_with_lse(query.to(dtype), key.to(dtype), value.to(dtype))
     assert lse.dtype == torch.float32
+
+
+def gradients(blend, tensors, weights):
+    """What an arbitrary function of the blend gives to query, key, value and the references' keys and values."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    references = [(*leaves[3 + 2 * n : 5 + 2 * n], weight) for n, weight in enumerate(weights)]
+    output = blend(*leaves[:3], references)
+    towards = draw(*output.shape, seed=30).to(output.dtype)
+    return torch.autograd.grad(output, leaves, towards)
+
+
+@pytest.mark.parametrize("weights", ((1.0,), (0.3, 2.0)))
+@pytest.mark.parametrize("scores_at_once", (1, 70 * 33 * 2, 1 << 20))
+def test_gradients_on_the_cpu(monkeypatch, weights, scores_at_once):
+    monkeypatch.setattr(attention._CpuAttention, "SCORES_AT_ONCE", scores_at_once)
+    tensors = [*query_key_value(), *(t for reference in some_references(weights) for t in reference[:2])]
+    expected = gradients(defined_blend, tensors, weights)
+    found = gradients(attention.blend_by_merging, tensors, weights)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5
+    halved = gradients(attention.blend_by_merging, [tensor.bfloat16() for tensor in tensors], weights)
+    for ours, theirs in zip(halved, expected, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert (ours - theirs).norm() <= 0.02 * theirs.norm()
+
+
+def test_the_log_sum_exp_has_a_gradient_of_its_own():
+    query, key, value = (tensor.requires_grad_() for tensor in query_key_value())
+    _, lse = attention.attention_with_lse(query, key, value)
+    found = torch.autograd.grad(lse.square().sum(), (query, key))
+    expected = torch.logsumexp(query.double() @ key.double().mT / math.sqrt(8), -1)
+    for ours, theirs in zip(found, torch.autograd.grad(expected.square().sum(), (query, key)), strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5
 
 
 # -------------------- inside a U-Net
@@ -272,6 +305,31 @@ def test_gradient_reaches_every_bank_and_the_input(unet, inputs, banks):
     for name, bank in learned.items():
         assert bank.grad.isfinite().all() and bank.grad.any(), name
     assert latents.grad.isfinite().all() and latents.grad[1].any()
+
+
+def test_training_on_the_cpu_computes_the_same(unet, alt_unets, inputs, golden):
+    """Both U-Nets, with gradients, and their own processors afterwards."""
+    step, reference_unet = golden("alt_step"), alt_unets[1]
+    own = {id(layer): layer.processor for layer in every_attention(unet, reference_unet)}
+    latents = step["in.reference_latents"][:, :, :16, :24].clone().requires_grad_()
+
+    def learned():
+        banks = write_features(reference_unet, latents, torch.tensor([TIMESTEP]), step["in.cond_embeds"])
+        output = predict(unet, inputs, [ReferenceFeatures(banks)], rows=1, grad=True)
+        return output, *torch.autograd.grad(output.square().sum(), latents)
+
+    expected = learned()
+    with pytest.raises(KeyboardInterrupt), CpuTrainingAttention(unet, reference_unet):
+        assert not any(layer.processor is own[id(layer)] for layer in every_attention(unet, reference_unet))
+        found = learned()
+        raise KeyboardInterrupt
+    assert {id(layer): layer.processor for layer in every_attention(unet, reference_unet)} == own
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+def every_attention(*unets):
+    return [module for one in unets for module in one.modules() if hasattr(module, "set_processor")]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), ((torch.float16, 0.01), (torch.bfloat16, 0.06)))
