@@ -123,12 +123,26 @@ def test_the_loss_reaches_every_learned_network(modules_and_config):
     with task.computing():
         loss, figures = task.loss(step, [0, 1, 2, 3])
         loss.backward()
-    assert set(figures) == {"masked_with"}
+    assert set(figures) == {"masked_with", "matching"}
     for name, module in task.learned.items():
         gradients = [p.grad for p in module.parameters()]
         assert any(g is not None and g.abs().max() > 0 for g in gradients), name
         module.zero_grad(set_to_none=True)
     assert all(p.grad is None for p in task.modules.vae.parameters())
+
+
+def test_looking_elsewhere_counts_by_its_weight(modules_and_config):
+    task = imitation(modules_and_config)
+    batch = task._batch(task._draw([0, 1]), with_reference=True)
+    losses = {}
+    with torch.no_grad(), task.computing():
+        for weight in (0.0, 0.5):
+            task.objective.matching_weight = weight
+            losses[weight], figures = task.objective.loss(batch)
+        unknown, _ = task.objective.loss(replace(batch, points=None))
+    assert figures["matching"] > 1  # of a model that has learned nothing
+    assert losses[0.5] == pytest.approx(float(losses[0.0]) + 0.5 * figures["matching"], rel=1e-5)
+    assert unknown == losses[0.0]
 
 
 def test_a_dropped_reference_is_not_read(modules_and_config, monkeypatch):

@@ -8,17 +8,18 @@ with the hole; beside the noisy latents ride, in the original's order, mask (1 c
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from ..attention import ReferenceFeatures, ReferenceReading
+from ..attention import CpuTrainingAttention, ReadingObserver, ReferenceFeatures, ReferenceReading
 from ..encoders import image_tokens
 from ..modules import Modules
 from ..references import write_features
+from .correspondence import Matching
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Batch:
     clean [B,4,h,w]: latents of the clean picture, the target. mask [B,1,h,w]: 1 = cut out; hole [B,4,h,w]: latents of
     the source with its black hole. depths: of each row its map [s,s] in the network's raw range; None = dropped.
     noise [B,4,h,w], timesteps int64 [B]. reference [R,4,h,w]: clean latents of the references; image: their pixels for
-    the image encoder [R,3,s,s], or what it made of them [R,T,E].
+    the image encoder [R,3,s,s], or what it made of them [R,T,E]. points [R,P,5]: where the reading is to look, as of
+    `correspondence.draw_points`; None: not known.
     """
 
     clean: Tensor
@@ -39,6 +41,7 @@ class Batch:
     timesteps: Tensor
     reference: Tensor
     image: Tensor
+    points: Tensor | None = None
 
 
 class Denoising:
@@ -77,19 +80,32 @@ def error_inside(error: Tensor, mask: Tensor) -> float:
     return float((mask * error).sum() / (mask.sum() * error.shape[1]).clamp_min(1))
 
 
+def _laid_out(latents: Tensor) -> Tensor:
+    """Latents in the order in memory that convolutions in bfloat16 are fastest in on a CPU: two to three times."""
+    halved = torch.is_autocast_enabled("cpu") and latents.device.type == "cpu"
+    return latents.contiguous(memory_format=torch.channels_last) if halved else latents
+
+
 class Objective:
     """The denoising loss of some modules.
 
     scheduler: the configuration's. no_depth [1,s,s]: the map of "no depth". no_image: the image of "no reference",
     zero pixels [1,3,s,s] or what the image encoder makes of them [1,T,E].
     outside_weight: of the error outside the hole, against 1 + outside_weight inside; None: all of it counts alike.
+    matching_weight: of looking at the right places, where a batch knows them.
     """
 
     def __init__(
-        self, modules: Modules, scheduler: dict, no_depth: Tensor, no_image: Tensor, outside_weight: float | None = None
+        self,
+        modules: Modules,
+        scheduler: dict,
+        no_depth: Tensor,
+        no_image: Tensor,
+        outside_weight: float | None = None,
+        matching_weight: float = 0.0,
     ):
         self.modules = modules
-        self.outside_weight = outside_weight
+        self.outside_weight, self.matching_weight = outside_weight, matching_weight
         device = next(modules.unet.parameters()).device
         self.denoising = Denoising(scheduler, device)
         self._no_depth, self._no_image = no_depth.to(device), no_image.to(device)
@@ -98,7 +114,9 @@ class Objective:
     @contextmanager
     def computing(self) -> Iterator[None]:
         """Entered around `loss` and its backward pass: with gradient checkpointing both read the reference."""
-        with ReferenceReading(self.modules.unet) as reading:
+        unets = self.modules.unet, self.modules.reference_unet
+        on_cpu = self._no_depth.device.type == "cpu"
+        with CpuTrainingAttention(*unets) if on_cpu else nullcontext(), ReferenceReading(self.modules.unet) as reading:
             self._reading = reading
             try:
                 yield
@@ -107,7 +125,8 @@ class Objective:
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The mean loss, and the error inside the holes of the rows with and without a reference."""
-        predicted, wanted = self.predict(batch)
+        matching = None if batch.points is None or not len(batch.reference) else Matching(batch.points)
+        predicted, wanted = self.predict(batch, matching)
         error = (predicted.float() - wanted).square()  # [B,4,h,w]
         loss = error.mean() if self.outside_weight is None else weighted_mean(error, self.outside_weight + batch.mask)
         split = len(batch.clean) - len(batch.reference)
@@ -115,18 +134,21 @@ class Objective:
         for name, rows in (("masked_none", slice(split)), ("masked_with", slice(split, None))):
             if len(batch.clean[rows]):
                 figures[name] = error_inside(error.detach()[rows], batch.mask[rows])
+        if matching is not None:
+            looking = matching.loss()
+            loss, figures["matching"] = loss + self.matching_weight * looking, float(looking.detach())
         return loss, figures
 
-    def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The imitative U-Net's output and what it should have been, both [B,4,h,w]."""
+    def predict(self, batch: Batch, observer: ReadingObserver | None = None) -> tuple[Tensor, Tensor]:
+        """The imitative U-Net's output and what it should have been, both [B,4,h,w]. observer: told of the reading."""
         if self._reading is None:
             raise RuntimeError("the loss and its backward pass belong within `computing()`")
         unet = self.modules.unet
         noisy = self.denoising.noised(batch.clean, batch.noise, batch.timesteps)
         beside = [batch.mask, batch.hole, self._depth_features(batch)]
-        model_input = torch.cat([noisy, *beside], dim=1)  # [B,13,h,w]
+        model_input = _laid_out(torch.cat([noisy, *beside], dim=1))  # [B,13,h,w]
         tokens, self._reading.references = self._read(batch)
-        self._reading.reading_rows = len(batch.reference)
+        self._reading.reading_rows, self._reading.observer = len(batch.reference), observer
         predicted = unet(
             model_input.to(unet.dtype), batch.timesteps, encoder_hidden_states=tokens.to(unet.dtype)
         ).sample
@@ -143,7 +165,9 @@ class Objective:
             own = self._tokens(batch.image)
             timesteps = batch.timesteps[count - reading :]
             references.append(
-                ReferenceFeatures(write_features(self.modules.reference_unet, batch.reference, timesteps, own))
+                ReferenceFeatures(
+                    write_features(self.modules.reference_unet, _laid_out(batch.reference), timesteps, own)
+                )
             )
             tokens.append(own)
         return torch.cat(tokens) if len(tokens) > 1 else tokens[0], references

@@ -80,6 +80,7 @@ class FramePair:
     depth, reference_depth: float32 [S, S] in 0..1, relative inverse depth (nearer is larger).
     class_name: one of `CLASSES`, or "textured".
     truth: uint8 [S, S, 3], what a perfect edit gives: the source itself, except between objects.
+    moved: the 3x3 matrix that takes the object's pixels in the source to the reference; between objects about so.
     """
 
     source: Array
@@ -90,6 +91,7 @@ class FramePair:
     reference_depth: Array
     class_name: str
     truth: Array
+    moved: Matrix
 
 
 # ---------------------------------------------------------------------------------------------- random draws
@@ -964,8 +966,13 @@ def _draw_first_object(seed: int, texture: float) -> tuple[str, SceneObject]:
     return class_name, _build_object(class_name, draw, texture)
 
 
-def _pair(a: Rendered, b: Rendered, class_name: str, truth: Array) -> FramePair:
-    return FramePair(a[0], b[0], a[1], b[1], a[2], b[2], class_name, truth)
+def _pair(a: Rendered, b: Rendered, class_name: str, truth: Array, moved: Matrix) -> FramePair:
+    return FramePair(a[0], b[0], a[1], b[1], a[2], b[2], class_name, truth, moved)
+
+
+def _moved(first: Matrix, second: Matrix) -> Matrix:
+    """From the pixels of one view of an object to those of another."""
+    return _product(second, _inverse(first))
 
 
 def render_pair(seed: int, size: int = 128, difficulty: Difficulty = FULL_DIFFICULTY) -> FramePair:
@@ -975,7 +982,7 @@ def render_pair(seed: int, size: int = 128, difficulty: Difficulty = FULL_DIFFIC
     lights = _draw_lights(seed, difficulty.light)
     backdrops = _draw_backdrops(seed, difficulty, thing)
     a, b = (_render(thing, poses[k], lights[k], backdrops[k], size) for k in range(2))
-    return _pair(a, b, class_name, a[0])
+    return _pair(a, b, class_name, a[0], _moved(*(object_view(pose, thing, size) for pose in poses)))
 
 
 def render_between_objects(
@@ -999,7 +1006,8 @@ def render_between_objects(
     repainted = _render(edited, poses[0], lights[0], backdrops[0], size)[0]
     # A part also shines faintly through the antialiased edges of the parts upon it: those pixels stay.
     truth = np.where(grown(a[1] == index, 2)[..., None], repainted, a[0])
-    return _pair(a, b, class_name, truth), index
+    moved = _moved(object_view(poses[0], thing, size), object_view(poses[1], other, size))
+    return _pair(a, b, class_name, truth, moved), index
 
 
 @dataclass(frozen=True)
@@ -1037,7 +1045,7 @@ def render_move(seed: int, size: int = 128, texture: float = CLIP_LIKE.texture) 
     empty.backdrop(backdrop, light)
     ground = empty.finish(light)[0]
     before, after = (_render(thing, pose, light, backdrop, size) for pose in (first, second))
-    moved = _product(object_view(second, thing, size), _inverse(object_view(first, thing, size)))
+    moved = _moved(object_view(first, thing, size), object_view(second, thing, size))
     box = bounding_box(before[1] > 0)
     centre = box.x + box.width / 2, box.y + box.height / 2
     x, y = _project(moved, *centre)
@@ -1110,4 +1118,4 @@ def render_textured_scene(seed: int, size: int = 128, difficulty: Difficulty = F
     lights = _draw_lights(seed, difficulty.light)
     backdrop = draw_backdrop(Draw(seed, _BACKDROP), 0.0, [])
     a, b = (_render(thing, poses[k], lights[k], backdrop, size, inside=False) for k in range(2))
-    return _pair(a, b, "textured", a[0])
+    return _pair(a, b, "textured", a[0], _moved(*(object_view(pose, thing, size, inside=False) for pose in poses)))

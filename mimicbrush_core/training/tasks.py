@@ -15,8 +15,9 @@ from ..depth import estimate_depth, no_depth_map
 from ..encoders import encode_latents, encode_pictures
 from ..evaluation.track import SETS, held_out_cases
 from ..images import clip_pixel_values, depth_pixel_values, to_model_range
-from ..modules import Modules
+from ..modules import Modules, resized
 from ..systems.mimicbrush import MimicBrush
+from .correspondence import draw_points
 from .curriculum import Curriculum
 from .hole_masks import draw_mask, part_mask
 from .objective import Batch, Objective
@@ -108,6 +109,7 @@ class _Scene:
     depths: Tensor  # [2,d,d]
     parts: np.ndarray  # uint8 [2,S,S]
     masked_part: int  # between objects: the part to repaint; 0 for pairs, which work both ways
+    moved: np.ndarray  # [2,3,3] the object's pixels in each frame to those in the other
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ class _Sample:
     timestep: int
     noise: np.ndarray  # float32 [4,h,w]
     with_depth: bool
+    points: np.ndarray  # float32 [P,5], where the reading is to look
 
 
 class ImitationTask(Task):
@@ -131,10 +134,10 @@ class ImitationTask(Task):
     for a tenth of the steps (then tokens are unconditional and nothing is read).
     """
 
-    name = "imitation"
     drop_reference = 0.1
     drop_depth = 0.5
     outside_weight = 0.1
+    matching_weight = 0.1
     validation_cases = 16  # of each set
 
     def __init__(
@@ -142,12 +145,16 @@ class ImitationTask(Task):
         modules: Modules,
         config: dict,
         seed: int,
+        size: int | None = None,
         curriculum: Curriculum | None = None,
         scenes: int = 1024,
         echo: int = 6,
     ):
-        """scenes: how many are held at a time; echo: how often each is used before new ones are rendered."""
-        self.modules, self.config = modules, config
+        """size: side of the pictures; None: the model's. scenes: how many are held at a time; echo: how often each is
+        used before new ones are rendered."""
+        self.size = size or config["defaults"]["size"]
+        self.name = f"imitation_{self.size}"
+        self.modules, self.config = modules, resized(config, self.size)
         self.learned = {
             "unet": modules.unet,
             "reference_unet": modules.reference_unet,
@@ -157,7 +164,6 @@ class ImitationTask(Task):
         }
         self.seed = seed
         self.curriculum = curriculum or Curriculum()
-        self.size = config["defaults"]["size"]
         self.clip_size = config["image_encoder"]["image_size"]
         self.depth_size = config["depth_network"]["image_size"]
         self.device = next(modules.unet.parameters()).device
@@ -165,7 +171,9 @@ class ImitationTask(Task):
         with torch.no_grad():
             no_depth = no_depth_map(modules.depth_network, self.depth_size)
         no_image = torch.zeros(1, 3, self.clip_size, self.clip_size)
-        self.objective = Objective(modules, config["scheduler"], no_depth, no_image, self.outside_weight)
+        self.objective = Objective(
+            modules, config["scheduler"], no_depth, no_image, self.outside_weight, self.matching_weight
+        )
         self.timesteps = len(self.objective.denoising.alphas)
 
     # -- one step
@@ -198,6 +206,7 @@ class ImitationTask(Task):
             timesteps=torch.tensor([s.timestep for s in samples], device=self.device),
             reference=reference[:readers],
             image=image[:readers],
+            points=self._gather(samples, lambda s: torch.from_numpy(s.points))[:readers],
         )
 
     @torch.no_grad()
@@ -226,7 +235,8 @@ class ImitationTask(Task):
         timestep = self.curriculum.draw_timestep(rng, index, self.timesteps)
         noise = rng.standard_normal(scene.latents.shape[1:], dtype=np.float32)
         with_depth = rng.random() >= self.drop_depth
-        return _Sample(scene, source, 1 - source, mask, timestep, noise, with_depth)
+        points = draw_points(rng, mask, parts, scene.parts[1 - source], scene.moved[source])
+        return _Sample(scene, source, 1 - source, mask, timestep, noise, with_depth, points)
 
     @torch.no_grad()
     def _render(self, numbers: dict[int, int]) -> list[_Scene]:
@@ -246,7 +256,7 @@ class ImitationTask(Task):
         scenes = []
         for n, (pair, masked_part) in enumerate(drawn):
             rows = slice(2 * n, 2 * n + 2)
-            parts = np.stack([pair.parts, pair.reference_parts])
+            parts, moved = np.stack([pair.parts, pair.reference_parts]), np.array(pair.moved)
             scenes.append(
                 _Scene(
                     pixels[rows],
@@ -256,6 +266,7 @@ class ImitationTask(Task):
                     depths[rows],
                     parts,
                     masked_part,
+                    np.stack([moved, np.linalg.inv(moved)]),
                 )
             )
         return scenes
