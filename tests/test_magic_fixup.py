@@ -3,12 +3,11 @@
 import json
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from recordings import GOLDEN, error, recording
+from recordings import GOLDEN, error, recorded_weights, recording
 from safetensors.torch import load_file, save_file
 
 from mimicbrush_core import images, masks
@@ -33,7 +32,7 @@ from mimicbrush_core.systems.mimicbrush import MimicBrush
 from mimicbrush_core.systems.paint_by_example import PaintByExample
 from mimicbrush_core.verify import inspect
 
-WEIGHTS = GOLDEN / "magic_fixup" / "weights.safetensors"
+WEIGHTS = recorded_weights("magic_fixup")
 """In the layout of the original checkpoint, with the keys that are never used."""
 
 golden = partial(recording, "magic_fixup")
@@ -403,8 +402,7 @@ def test_a_pickle_that_needs_code_is_refused(tmp_path, config):
 
 def test_each_system_refuses_the_others_by_name(single_file, config):
     assert "is MimicBrush; Magic Fixup was expected" in refusal(embedded_model_path())
-    other = Path(__file__).parent / "golden" / "paint_by_example" / "weights.safetensors"
-    assert "is Paint by Example; Magic Fixup was expected" in refusal(other)
+    assert "is Paint by Example; Magic Fixup was expected" in refusal(recorded_weights("paint_by_example"))
     for system, title in ((MimicBrush, "MimicBrush"), (PaintByExample, "Paint by Example")):
         for path in (WEIGHTS, single_file):
             with pytest.raises(ModelFileError, match=f"is Magic Fixup; {title} was expected"):

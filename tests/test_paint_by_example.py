@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from recordings import GOLDEN, error, recording
+from recordings import GOLDEN, error, recorded_weights, recording
 from safetensors.torch import load_file, save_file
 
 from mimicbrush_core import images, keys, masks
@@ -28,7 +28,7 @@ from mimicbrush_core.systems.paint_by_example import (
 )
 from mimicbrush_core.verify import inspect
 
-WEIGHTS = GOLDEN / "paint_by_example" / "weights.safetensors"
+WEIGHTS = recorded_weights("paint_by_example")
 """In the layout of the original checkpoint."""
 
 golden = partial(recording, "paint_by_example")
