@@ -20,6 +20,7 @@ import comfy.conds
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
+import comfy.ops
 import comfy.supported_models
 import comfy.utils
 import torch
@@ -53,7 +54,6 @@ KNOWN_PREDICTIONS = {
     "epsilon": comfy.model_base.ModelType.EPS,
     "v_prediction": comfy.model_base.ModelType.V_PREDICTION,
 }
-NORM_GROUPS = 32  # what ComfyUI's U-Net is built with
 SD15_SCALING = 0.18215  # of the latents that ComfyUI's own previews are made for
 
 # --- reading references --------------------------------------------------------------------------------------
@@ -202,15 +202,27 @@ class NativeConfig(comfy.supported_models.SD15):
         device = comfy.model_management.get_torch_device()
         manual_cast = comfy.model_management.unet_manual_cast(brush.dtype, device, self.supported_inference_dtypes)
         self.set_inference_dtype(brush.dtype, manual_cast)
+        operations = comfy.ops.pick_operations(brush.dtype, manual_cast)
+        self.custom_operations = with_norm_groups(operations, brush.config["unet"]["norm_num_groups"])
+
+
+def with_norm_groups(operations: type, groups: int) -> type:
+    """ComfyUI's operations for a U-Net of any number of norm groups; its own asks for 32 wherever it has one."""
+
+    class GroupNorm(operations.GroupNorm):
+        def __init__(self, num_groups, num_channels, **given):
+            super().__init__(groups, num_channels, **given)
+
+    return type(operations.__name__, (operations,), {"GroupNorm": GroupNorm})
 
 
 def native_unet_config(config: dict) -> dict:
     """A diffusers U-Net's configuration as ComfyUI describes it; raises ArgumentError for what its U-Net cannot be."""
     widths, layers = config["block_out_channels"], config["layers_per_block"]
-    if config["norm_num_groups"] != NORM_GROUPS or any(width % widths[0] for width in widths):
+    if any(width % widths[0] for width in widths):
         raise ArgumentError(
-            f"ComfyUI's own U-Net has {NORM_GROUPS} norm groups and widths that are multiples of the first; this "
-            "model has others. Use the Imitative Sampler."
+            "ComfyUI's own U-Net has widths that are multiples of the first; this model's are "
+            f"{', '.join(map(str, widths))}. Use the Imitative Sampler."
         )
     down = [int(kind.startswith("CrossAttn")) for kind in config["down_block_types"]]
     up = [int(kind.startswith("CrossAttn")) for kind in reversed(config["up_block_types"])]  # the finest level first
@@ -221,8 +233,7 @@ def native_unet_config(config: dict) -> dict:
         "model_channels": widths[0],
         "channel_mult": [width // widths[0] for width in widths],
         "num_res_blocks": [layers] * len(widths),
-        "num_heads": config["attention_head_dim"],  # diffusers' name for it, by an old mistake
-        "num_head_channels": -1,
+        **_heads(config["attention_head_dim"], widths),
         "use_spatial_transformer": True,
         "use_linear_in_transformer": False,
         "transformer_depth": [depth for depth in down for _ in range(layers)],
@@ -234,6 +245,22 @@ def native_unet_config(config: dict) -> dict:
         "use_temporal_resblock": False,
         "legacy": False,
     }
+
+
+def _heads(heads: int | list[int], widths: list[int]) -> dict:
+    """How attention is divided. heads: of all levels or of each; diffusers calls it a head's width, by an old mistake.
+
+    ComfyUI's U-Net has as many heads everywhere, or as wide ones; raises ArgumentError for others.
+    """
+    if isinstance(heads, int):
+        return {"num_heads": heads, "num_head_channels": -1}
+    head_widths = {width // count for width, count in zip(widths, heads, strict=True)}
+    if len(head_widths) > 1:
+        raise ArgumentError(
+            f"ComfyUI's own U-Net has attention heads of one width; this model's have {sorted(head_widths)}. Use the "
+            "Imitative Sampler."
+        )
+    return {"num_heads": -1, "num_head_channels": head_widths.pop()}
 
 
 def sampling_settings(scheduler: dict) -> dict:

@@ -447,7 +447,7 @@ def test_another_model_s_reference_is_refused(pack, models, example, edit):
         edit(models[EMBEDDED], encoded(pack, models[NARROW], example[2]))
 
 
-@pytest.mark.parametrize("change", [{"norm_num_groups": 8}, {"block_out_channels": [64, 96, 128, 128]}])
+@pytest.mark.parametrize("change", [{"attention_head_dim": [1, 2, 4, 8]}, {"block_out_channels": [64, 96, 128, 128]}])
 def test_a_u_net_that_comfyui_cannot_build_is_refused(pack, change):
     with pytest.raises(refusal(pack), match="Use the Imitative Sampler"):
         pack("nodes.native_model").native_unet_config({**narrow_config(pack)["unet"], **change})
