@@ -145,6 +145,27 @@ def test_looking_elsewhere_counts_by_its_weight(modules_and_config):
     assert unknown == losses[0.0]
 
 
+def test_small_errors_count_like_large_ones_by_the_logarithm(modules_and_config):
+    task = imitation(modules_and_config, tolerance=0.05)
+    batch = task._batch(task._draw([0, 1, 2]), with_reference=False)
+    with torch.no_grad(), task.computing():
+        loss, _ = task.objective.loss(batch)
+        predicted, wanted = task.objective.predict(batch)
+    weight = (batch.mask + task.outside_weight).expand_as(wanted)
+    errors = [float((w * (p - t) ** 2).sum() / w.sum()) for w, p, t in zip(weight, predicted, wanted, strict=True)]
+    assert loss == pytest.approx(np.mean(np.log(np.array(errors) + 0.05)), rel=1e-4)
+
+
+def test_a_stage_has_scenes_and_masks_of_its_own(modules_and_config):
+    later = Curriculum(first_scene=1000, masks=(0, 0, 1, 0, 0), between_objects=0, textured_scenes=0)
+    first, other = (imitation(modules_and_config, curriculum=one)._draw([0, 1]) for one in (Curriculum(), later))
+    assert not torch.equal(first[0].scene.pixels, other[0].scene.pixels)
+    pair = render_pair(1000, 128, later.difficulty(0))
+    assert np.array_equal(other[0].scene.pixels[0].permute(1, 2, 0), pair.source)
+    for sample in other:  # grids: straight edges only, in as few rows of pixels as there are rows of cells
+        assert len(np.unique(sample.mask, axis=0)) <= 10
+
+
 def test_a_dropped_reference_is_not_read(modules_and_config, monkeypatch):
     task = imitation(modules_and_config)
     monkeypatch.setattr(task, "drop_reference", 1.0)

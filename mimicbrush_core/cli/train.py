@@ -30,7 +30,7 @@ def add_train(commands) -> None:
     train = commands.add_parser("train", help="train the small model in stages, fine-tune a model, or train a LoRA")
     train.add_argument("--folder", help="checkpoints and logs")
     train.add_argument("--system", choices=SYSTEMS, help="whose model (default: the run's, else mimicbrush)")
-    train.add_argument("--stage", help="one of the small model's stages, e.g. imitation; default: all, in their order")
+    train.add_argument("--stage", help="one of the small model's stages, e.g. imitation_64; default: all in order")
     train.add_argument("--export", metavar="FILE", help="write what is learned so far as one model file, and stop")
     train.add_argument("--samples", type=int, help="where the run ends (default: as the shipped model)")
     train.add_argument("--minutes", type=float, help="stop after this time; call again to go on")

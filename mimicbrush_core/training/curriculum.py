@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .hole_masks import MASK_SHARES
 from .scenes import CLIP_LIKE, Difficulty
 
 
@@ -18,7 +19,8 @@ class Curriculum:
     high_noise: the share of all timesteps, from the noisiest, that is trained at first: one step from noise to
     picture is plain regression, and correspondence is learned fastest there. Later the range grows to all, but
     `high_noise_samples` of the samples stay there.
-    between_objects, textured_scenes: their share of the scenes.
+    between_objects, textured_scenes: their share of the scenes. masks: see `hole_masks.MASK_SHARES`.
+    first_scene: the number of the first scene, so that a later stage sees other ones.
     """
 
     identity: int = 12_000
@@ -27,6 +29,8 @@ class Curriculum:
     high_noise_samples: float = 0.5
     between_objects: float = 0.15
     textured_scenes: float = 0.15
+    masks: tuple[float, ...] = MASK_SHARES
+    first_scene: int = 0
 
     def progress(self, sample: int) -> float:
         """0 while the task is identity, 1 when it is complete."""

@@ -14,16 +14,19 @@ from ..masks import bounding_box, grown
 
 SMALLEST_PART = 0.008
 """Share of the picture below which a part is not masked on its own."""
+MASK_SHARES = (0.32, 0.23, 0.25, 0.1, 0.1)
+"""How often a drawn scene's mask is one part, the whole object, a grid, strokes, or the box around a part."""
 LARGEST_SEGMENT = 0.6
 """Share of the picture above which a segment is not masked: it is the background rather than a thing."""
 
 
-def draw_mask(rng: np.random.Generator, parts: np.ndarray) -> np.ndarray:
-    """A mask of a random kind for a source with part indices `parts` uint8 [S,S]; never empty."""
-    kind = rng.choice(5, p=(0.32, 0.23, 0.25, 0.1, 0.1))
+def draw_mask(rng: np.random.Generator, parts: np.ndarray, shares: tuple[float, ...] = MASK_SHARES) -> np.ndarray:
+    """A mask of a random kind, as often as `shares` has it, for a source with part indices `parts` uint8 [S,S]; never
+    empty. Where there is no background, a grid takes the place of the whole object."""
+    kind = rng.choice(5, p=shares)
     if kind == 0:
         mask = part_mask(parts, int(rng.choice(maskable_parts(parts))), grow=int(rng.integers(0, 4)))
-    elif kind == 1 and (parts == 0).any():  # a textured scene has no background
+    elif kind == 1 and (parts == 0).any():
         mask = object_mask(parts, grow=int(rng.integers(1, 5)))
         if rng.random() < 0.4:
             mask = boxed(mask)

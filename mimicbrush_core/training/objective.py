@@ -70,9 +70,14 @@ class Denoising:
         return self.alphas[timesteps][:, None, None, None]
 
 
+def weighted_means(error: Tensor, weight: Tensor) -> Tensor:
+    """Each sample's weighted mean [B]; error [B,C,h,w], weight [B,1,h,w]."""
+    return (weight * error).mean(dim=(1, 2, 3)) / weight.mean(dim=(1, 2, 3))
+
+
 def weighted_mean(error: Tensor, weight: Tensor) -> Tensor:
-    """The mean over B samples of each one's weighted mean; error [B,C,h,w], weight [B,1,h,w]."""
-    return ((weight * error).mean(dim=(1, 2, 3)) / weight.mean(dim=(1, 2, 3))).mean()
+    """The mean over B samples of each one's weighted mean."""
+    return weighted_means(error, weight).mean()
 
 
 def error_inside(error: Tensor, mask: Tensor) -> float:
@@ -93,6 +98,8 @@ class Objective:
     zero pixels [1,3,s,s] or what the image encoder makes of them [1,T,E].
     outside_weight: of the error outside the hole, against 1 + outside_weight inside; None: all of it counts alike.
     matching_weight: of looking at the right places, where a batch knows them.
+    tolerance: None, or the samples' errors count by the logarithm of what they are beyond it: halving a small error is
+    worth as much as halving a large one, as PSNR has it.
     """
 
     def __init__(
@@ -103,9 +110,10 @@ class Objective:
         no_image: Tensor,
         outside_weight: float | None = None,
         matching_weight: float = 0.0,
+        tolerance: float | None = None,
     ):
         self.modules = modules
-        self.outside_weight, self.matching_weight = outside_weight, matching_weight
+        self.outside_weight, self.matching_weight, self.tolerance = outside_weight, matching_weight, tolerance
         device = next(modules.unet.parameters()).device
         self.denoising = Denoising(scheduler, device)
         self._no_depth, self._no_image = no_depth.to(device), no_image.to(device)
@@ -128,7 +136,9 @@ class Objective:
         matching = None if batch.points is None or not len(batch.reference) else Matching(batch.points)
         predicted, wanted = self.predict(batch, matching)
         error = (predicted.float() - wanted).square()  # [B,4,h,w]
-        loss = error.mean() if self.outside_weight is None else weighted_mean(error, self.outside_weight + batch.mask)
+        weight = torch.ones_like(batch.mask) if self.outside_weight is None else self.outside_weight + batch.mask
+        errors = weighted_means(error, weight)
+        loss = (errors if self.tolerance is None else torch.log(errors + self.tolerance)).mean()
         split = len(batch.clean) - len(batch.reference)
         figures = {}
         for name, rows in (("masked_none", slice(split)), ("masked_with", slice(split, None))):

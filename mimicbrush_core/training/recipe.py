@@ -5,9 +5,9 @@ MimicBrush:
 1. autoencoder: pictures <-> latents. Then its latents are scaled to unit spread and both it and the depth
    network are rounded to float16, so that imitation is learned on exactly what is shipped.
 2. depth: the depth network.
-3. imitation: both U-Nets, image encoder and projections.
+3. imitation_64, imitation_128: both U-Nets, image encoder and projections, on small pictures first.
 
-Its relatives take the autoencoder of the embedded MimicBrush, and learn on small pictures first:
+Its relatives take the autoencoder of the embedded MimicBrush, and learn on small pictures first, too:
 
 * Paint by Example: the look of an exemplar in one token, then painting from it.
 * Magic Fixup: synthesizer and detail extractor together.
@@ -61,6 +61,12 @@ class Stage:
 
 _SMALL_PICTURES = TrainingSettings(samples=72_000, batch=48, lr=5e-3, adam_lr=2e-3, cooldown=0.4, ema_decay=0.995)
 _GROWN = Curriculum(identity=0, full=0)  # of a stage that goes on from one on small pictures
+_GROWING = Curriculum(identity=6_000, full=30_000, high_noise=0.05, high_noise_samples=0.8, textured_scenes=0.2)
+_COMPLETE = replace(_GROWING, identity=0, full=0)
+_BY_PART = replace(_COMPLETE, between_objects=0.25, masks=(0.35, 0.3, 0.15, 0.1, 0.1))
+_BY_PATTERN = replace(
+    _COMPLETE, between_objects=0.15, textured_scenes=0.35, masks=(0.45, 0.3, 0.05, 0.1, 0.1), first_scene=1_000_000
+)
 _FULL_SIZE = replace(_SMALL_PICTURES, samples=12_000, lr=2.5e-3, adam_lr=1e-3)
 _WORDS = replace(_SMALL_PICTURES, samples=24_000, lr=4e-3, ema_decay=0.998)
 
@@ -74,10 +80,25 @@ RECIPES: dict[str, dict[str, Stage]] = {
             lambda modules, config, seed: DepthTask(modules, seed),
             TrainingSettings(samples=14_400, batch=16, lr=4e-3, adam_lr=2e-3, warmup_steps=50, cooldown=0.4),
         ),
-        "imitation": Stage(
-            ImitationTask,
-            TrainingSettings(samples=170_000, batch=48, lr=5e-3, adam_lr=2e-3, cooldown=0.4),
+        "growing_64": Stage(
+            partial(ImitationTask, name="growing_64", size=64, curriculum=_GROWING),
+            replace(_SMALL_PICTURES, samples=41_280, batch=96, cooldown=0.0, ema_decay=0.998),
             begins_with=("autoencoder", "depth"),
+        ),
+        "imitation_64": Stage(
+            partial(ImitationTask, name="imitation_64", size=64, curriculum=_COMPLETE),
+            replace(_SMALL_PICTURES, samples=16_896, lr=2e-3, adam_lr=8e-4, cooldown=0.0),
+            begins_with=("autoencoder", "depth", "growing_64"),
+        ),
+        "imitation_128": Stage(
+            partial(ImitationTask, name="imitation_128", size=128, curriculum=_BY_PART),
+            replace(_SMALL_PICTURES, samples=18_816, batch=32, lr=2e-3, adam_lr=8e-4, cooldown=0.0),
+            begins_with=("autoencoder", "depth", "imitation_64"),
+        ),
+        "finish_128": Stage(
+            partial(ImitationTask, name="finish_128", size=128, curriculum=_BY_PATTERN, tolerance=0.05, echo=4),
+            replace(_SMALL_PICTURES, samples=44_800, batch=32, lr=2e-3, adam_lr=8e-4, cooldown=0.7),
+            begins_with=("autoencoder", "depth", "imitation_128"),
         ),
     },
     PAINT_BY_EXAMPLE: {

@@ -145,15 +145,18 @@ class ImitationTask(Task):
         modules: Modules,
         config: dict,
         seed: int,
+        name: str = "imitation",
         size: int | None = None,
         curriculum: Curriculum | None = None,
+        tolerance: float | None = None,
         scenes: int = 1024,
         echo: int = 6,
     ):
-        """size: side of the pictures; None: the model's. scenes: how many are held at a time; echo: how often each is
-        used before new ones are rendered."""
+        """name: of the run's files. size: side of the pictures; None: the model's. tolerance: see `Objective`.
+        scenes: how many are held at a time; echo: how often each is used before new ones are rendered.
+        """
         self.size = size or config["defaults"]["size"]
-        self.name = f"imitation_{self.size}"
+        self.name = name
         self.modules, self.config = modules, resized(config, self.size)
         self.learned = {
             "unet": modules.unet,
@@ -172,7 +175,7 @@ class ImitationTask(Task):
             no_depth = no_depth_map(modules.depth_network, self.depth_size)
         no_image = torch.zeros(1, 3, self.clip_size, self.clip_size)
         self.objective = Objective(
-            modules, config["scheduler"], no_depth, no_image, self.outside_weight, self.matching_weight
+            modules, config["scheduler"], no_depth, no_image, self.outside_weight, self.matching_weight, tolerance
         )
         self.timesteps = len(self.objective.denoising.alphas)
 
@@ -231,7 +234,7 @@ class ImitationTask(Task):
         if scene.masked_part:
             mask = part_mask(parts, scene.masked_part, grow=int(rng.integers(0, 4)))
         else:
-            mask = draw_mask(rng, parts)
+            mask = draw_mask(rng, parts, self.curriculum.masks)
         timestep = self.curriculum.draw_timestep(rng, index, self.timesteps)
         noise = rng.standard_normal(scene.latents.shape[1:], dtype=np.float32)
         with_depth = rng.random() >= self.drop_depth
@@ -241,7 +244,8 @@ class ImitationTask(Task):
     @torch.no_grad()
     def _render(self, numbers: dict[int, int]) -> list[_Scene]:
         """Render and encode scenes; numbers: {scene number: index of the first sample that uses it}."""
-        drawn = [self._render_one(number, index) for number, index in numbers.items()]
+        first = self.curriculum.first_scene
+        drawn = [self._render_one(first + number, index) for number, index in numbers.items()]
         modules, pairs = self.modules, [pair for pair, _ in drawn]
         frames = [frame for pair in pairs for frame in (pair.source, pair.reference)]
         latents = self._encode(frames)
