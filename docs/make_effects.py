@@ -73,7 +73,7 @@ def write(name: str, panels: list[Panel], tile: int = TILE) -> None:
 
 def save(name: str, picture: Image.Image, folder: Path = FOLDER) -> None:
     """FOLDER/NAME.jpg, in the best quality that is small enough."""
-    for quality in (88, 80, 72, 64):
+    for quality in (88, 80, 72, 64, 56, 48):
         data = io.BytesIO()
         picture.save(data, "JPEG", quality=quality, optimize=True)
         if data.tell() <= MAX_BYTES:

@@ -296,8 +296,11 @@ class _ReadingProcessor:
         return finish(attn, output, hidden_states.dtype)
 
     def _blend(self, query: Tensor, key: Tensor, value: Tensor, references) -> Tensor:
+        share = None
         if torch.is_grad_enabled() and query.device.type != "cpu":
-            output, share = blend_by_two_calls(query, key, value, references), None
+            output = blend_by_two_calls(query, key, value, references)
+        elif self.reading.observer is None:
+            return blend_by_merging(query, key, value, references)
         else:
             output, share = blend_and_share(query, key, value, references)
         if self.reading.observer is not None:

@@ -84,7 +84,8 @@ def test_going_on_from_deep_features_of_the_same_step_is_exact(model):
     """Only the blocks below the outermost are taken from before: where those are right, so is the whole."""
     unet = model.modules.unet
     generator = torch.Generator().manual_seed(0)
-    sample, tokens = torch.randn(2, 13, 16, 16, generator=generator), torch.randn(2, 65, 64, generator=generator)
+    sample = torch.randn(2, 13, 16, 16, generator=generator)
+    tokens = torch.randn(2, 65, unet.config.cross_attention_dim, generator=generator)
     with torch.no_grad(), DeepFeatures(unet) as deep:
         whole = unet(sample, torch.tensor(300), encoder_hidden_states=tokens).sample
         assert deep.serve(2) and deep.serve(1) and not deep.serve(4)

@@ -152,7 +152,7 @@ def test_progress_counts_every_step_and_previews(model, example):
         ({"steps": 0}, "steps is 0"),
         ({"guidance": float("nan")}, "guidance"),
         ({"guidance": -1.0}, "guidance"),
-        ({"size": 100}, "multiple of 32"),
+        ({"size": 100}, "multiple of 16"),
         ({"weight": -0.1}, "weight"),
         ({"seed": -1}, "seed"),
         ({"feather": -1}, "feather"),

@@ -508,7 +508,7 @@ def test_the_side_branch_is_the_weight_it_stands_for(lora_file):
         weight += 0.7 * (8 / 4) * (layer.up.float() @ layer.down.float())
     torch.manual_seed(0)
     given = torch.randn(1, 13, 32, 32), torch.tensor([500.0])
-    tokens = torch.randn(1, 65, 64)
+    tokens = torch.randn(1, 65, model.modules.unet.config.cross_attention_dim)
     load_lora(model.modules, lora_file, 0.7)
     one, two = (m.modules.unet(*given, encoder_hidden_states=tokens).sample for m in (model, merged))
     assert torch.allclose(one, two, rtol=1e-4, atol=1e-4)

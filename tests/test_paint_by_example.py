@@ -98,7 +98,8 @@ def test_stages_of_the_encoder(model, recorded):
     pixels = images.clip_pixel_values(recorded["reference_224"].numpy())
     with torch.no_grad():
         pooled = encoder.model(pixel_values=pixels).pooler_output
-        assert error(pooled, expected["pooled"]) <= ENCODER
+        # Of the largest value: processors round differently (5 units in the last place on one with AVX-512).
+        assert error(pooled, expected["pooled"]) <= ENCODER * expected["pooled"].abs().max()
         assert error(encoder.final_layer_norm(encoder.mapper(pooled[:, None])), expected["mapper_ln"]) <= ENCODER
     assert torch.equal(model.unconditional_token, expected["uncond"])
 

@@ -99,12 +99,13 @@ def test_a_model_that_ignores_the_reference_is_found(spoiled, monkeypatch):
 
 
 def test_an_unconditional_row_that_sees_the_reference_is_found(spoiled, monkeypatch):
+    shape = spoiled.unconditional_tokens().shape
     monkeypatch.setattr(type(spoiled), "unconditional_tokens", lambda self: self.leaked)
-    spoiled.leaked = torch.zeros(1, 65, 64)
+    spoiled.leaked = torch.zeros(shape)
     original = type(spoiled).sample
 
     def leaking(self, condition, references, noise, scheduler, guidance, **more):
-        self.leaked = torch.full((1, 65, 64), 3.0 if any(use.weight for use in references) else 0.0)
+        self.leaked = torch.full(shape, 3.0 if any(use.weight for use in references) else 0.0)
         return original(self, condition, references, noise, scheduler, guidance, **more)
 
     monkeypatch.setattr(type(spoiled), "sample", leaking)

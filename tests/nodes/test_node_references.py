@@ -73,7 +73,7 @@ def test_the_size_is_what_the_sampler_works_at(encode, edited, model, monkeypatc
 
 
 def test_a_size_the_model_cannot_work_at_is_refused(encode, errors):
-    with pytest.raises(errors.ArgumentError, match="size is 100; this model needs a multiple of 32"):
+    with pytest.raises(errors.ArgumentError, match="size is 100; this model needs a multiple of 16"):
         encode(noise(1, 40, 40), size=100)
 
 

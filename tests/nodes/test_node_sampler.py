@@ -70,7 +70,7 @@ def test_the_largest_seed_counts_on(sample):
 
 def test_the_same_inputs_give_the_same_bits_and_another_seed_another_picture(sample):
     source, mask = noise(1, H, W), boxes(H, W, (20, 20))
-    first, again, other = (sample(source, mask, seed=seed).image for seed in (1, 1, 2))
+    first, again, other = (sample(source, mask, seed=seed, steps=3).image for seed in (1, 1, 2))
     assert same_bits(first, again)
     assert (first - other).abs().max() > 0.02
 
@@ -239,7 +239,7 @@ def test_zero_means_the_model_s_own(sample, model):
 
 @pytest.mark.parametrize(
     "change",
-    [{"steps": 3}, {"guidance": 4.0}, {"guidance": 1.0}, {"steps": 3, "sampler": "unipc"}, {"scheduler": "leading"}],
+    [{"steps": 3}, {"guidance": 4.0}, {"guidance": 2.0}, {"steps": 3, "sampler": "unipc"}, {"scheduler": "leading"}],
 )
 def test_settings_reach_the_model(sample, change):
     source, mask = noise(1, H, W), boxes(H, W, (20, 20))
