@@ -5,7 +5,8 @@ MimicBrush:
 1. autoencoder: pictures <-> latents. Then its latents are scaled to unit spread and both it and the depth
    network are rounded to float16, so that imitation is learned on exactly what is shipped.
 2. depth: the depth network.
-3. imitation_64, imitation_128: both U-Nets, image encoder and projections, on small pictures first.
+3. growing_64, imitation_64, imitation_128, finish_128: both U-Nets, image encoder and projections. First on small
+   pictures, while the task grows; at last with more patterns, and errors that count by their logarithm.
 
 Its relatives take the autoencoder of the embedded MimicBrush, and learn on small pictures first, too:
 
