@@ -5,8 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from mimicbrush_core.cli import main
+from mimicbrush_core.encoders import decode_latents, encode_latents
 from mimicbrush_core.errors import ArgumentError
 from mimicbrush_core.modules import build_modules, bundled_config
 from mimicbrush_core.systems.magic_fixup import MagicFixup
@@ -15,6 +17,7 @@ from mimicbrush_core.systems.paint_by_example import PaintByExample
 from mimicbrush_core.systems.smartbrush import SmartBrush
 from mimicbrush_core.training import hole_masks, objective
 from mimicbrush_core.training.curriculum import Curriculum
+from mimicbrush_core.training.objective import Denoising, LossTerms
 from mimicbrush_core.training.optimizer import MuonAdamW
 from mimicbrush_core.training.recipe import RECIPES, export, run_stage
 from mimicbrush_core.training.scenes import CLIP_LIKE, HELD_OUT_SEED, render_pair
@@ -137,7 +140,7 @@ def test_looking_elsewhere_counts_by_its_weight(modules_and_config):
     losses = {}
     with torch.no_grad(), task.computing():
         for weight in (0.0, 0.5):
-            task.objective.matching_weight = weight
+            task.objective.terms = replace(task.objective.terms, matching=weight)
             losses[weight], figures = task.objective.loss(batch)
         unknown, _ = task.objective.loss(replace(batch, points=None))
     assert figures["matching"] > 1  # of a model that has learned nothing
@@ -146,14 +149,60 @@ def test_looking_elsewhere_counts_by_its_weight(modules_and_config):
 
 
 def test_small_errors_count_like_large_ones_by_the_logarithm(modules_and_config):
-    task = imitation(modules_and_config, tolerance=0.05)
+    task = imitation(modules_and_config, terms=LossTerms(outside=0.2, tolerance=0.05))
     batch = task._batch(task._draw([0, 1, 2]), with_reference=False)
     with torch.no_grad(), task.computing():
         loss, _ = task.objective.loss(batch)
         predicted, wanted = task.objective.predict(batch)
-    weight = (batch.mask + task.outside_weight).expand_as(wanted)
+    weight = (batch.mask + 0.2).expand_as(wanted)
     errors = [float((w * (p - t) ** 2).sum() / w.sum()) for w, p, t in zip(weight, predicted, wanted, strict=True)]
     assert loss == pytest.approx(np.mean(np.log(np.array(errors) + 0.05)), rel=1e-4)
+
+
+@pytest.mark.parametrize("config", ["mimicbrush_small", "mimicbrush_sd15"])
+def test_the_estimate_is_the_picture_that_a_sampler_would_predict(config):
+    """For v and for the noise, against diffusers' own."""
+    settings = bundled_config(config)["scheduler"]
+    denoising, scheduler = Denoising(settings, torch.device("cpu")), DDIMScheduler(**settings)
+    scheduler.set_timesteps(len(denoising.alphas))
+    clean, noise, predicted = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for timestep in (20, 500, 900):
+        timesteps = torch.full((2,), timestep)
+        noisy = denoising.noised(clean, noise, timesteps)
+        estimate = denoising.estimate(clean, predicted - denoising.target(clean, noise, timesteps), timesteps)
+        expected = scheduler.step(predicted, timestep, noisy).pred_original_sample
+        assert (estimate - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_the_picture_term_is_the_error_of_the_decoded_picture_in_the_hole(modules_and_config):
+    task = imitation(modules_and_config)
+    batch = task._batch(task._draw([0, 1, 2]), with_reference=False)
+    losses = {}
+    with torch.no_grad(), task.computing():
+        for picture in (0.0, 0.5):
+            task.objective.terms = replace(task.objective.terms, picture=picture)
+            losses[picture], figures = task.objective.loss(batch)
+        predicted, wanted = task.objective.predict(batch)
+        latents = task.objective.denoising.estimate(batch.clean, predicted - wanted, batch.timesteps)
+        error = (decode_latents(task.modules.vae, latents) - batch.picture) ** 2
+    holes = batch.picture_mask.bool().expand_as(error)
+    errors = np.array([float(e[hole].mean()) for e, hole in zip(error, holes, strict=True)])
+    term = np.log(errors + task.objective.picture_tolerance).mean()
+    assert losses[0.5] == pytest.approx(float(losses[0.0]) + 0.5 * term, rel=1e-4)
+    assert figures["picture_psnr"] == pytest.approx(np.mean(10 * np.log10(4 / errors)), rel=1e-4)
+
+
+def test_the_picture_to_be_compared_is_the_truth(modules_and_config):
+    """Between objects, where the source is another picture, too."""
+    for between in (0.0, 1.0):
+        curriculum = Curriculum(identity=0, full=0, between_objects=between, textured_scenes=0)
+        task = imitation(modules_and_config, curriculum=curriculum)
+        samples = task._draw([0, 1])
+        batch = task._batch(samples, with_reference=True)
+        encoded = encode_latents(task.modules.vae, batch.picture)
+        assert torch.allclose(encoded, batch.clean, atol=1e-4)
+        shown = torch.stack([sample.scene.pixels[sample.source] for sample in samples])
+        assert torch.equal(((batch.picture + 1) * 127.5).round(), shown.float()) == (between == 0)
 
 
 def test_a_stage_has_scenes_and_masks_of_its_own(modules_and_config):

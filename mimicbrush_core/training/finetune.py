@@ -29,7 +29,7 @@ from ..systems.mimicbrush import MimicBrush
 from .dataset import sample_loader
 from .encoding import EncodedSample, PreparedSamples, SampleEncoder
 from .extras import require
-from .objective import Batch, Objective
+from .objective import Batch, LossTerms, Objective
 from .run_notes import RUN_NAMES, check_continues, recalled, remember
 from .samples import TrainingSample
 from .starts import StartingPoint
@@ -211,7 +211,7 @@ class FineTuneTask(Task):
             self._encoder = SampleEncoder(modules, config, pixels="image_encoder" in recipe.parts)
             constants = self._encoder.constants()
         self.objective = Objective(
-            modules, config["scheduler"], constants.no_depth, constants.no_image, recipe.outside_weight
+            modules, config["scheduler"], constants.no_depth, constants.no_image, LossTerms(recipe.outside_weight)
         )
 
     def computing(self) -> AbstractContextManager:

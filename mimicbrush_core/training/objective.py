@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ..attention import CpuTrainingAttention, ReadingObserver, ReferenceFeatures, ReferenceReading
-from ..encoders import image_tokens
+from ..encoders import decode_latents, image_tokens
 from ..modules import Modules
 from ..references import write_features
 from .correspondence import Matching
@@ -30,7 +30,8 @@ class Batch:
     the source with its black hole. depths: of each row its map [s,s] in the network's raw range; None = dropped.
     noise [B,4,h,w], timesteps int64 [B]. reference [R,4,h,w]: clean latents of the references; image: their pixels for
     the image encoder [R,3,s,s], or what it made of them [R,T,E]. points [R,P,5]: where the reading is to look, as of
-    `correspondence.draw_points`; None: not known.
+    `correspondence.draw_points`; None: not known. picture [B,3,H,W]: the clean picture, -1..1, and picture_mask
+    [B,1,H,W]: 1 = cut out; both only where pictures are compared.
     """
 
     clean: Tensor
@@ -42,6 +43,26 @@ class Batch:
     reference: Tensor
     image: Tensor
     points: Tensor | None = None
+    picture: Tensor | None = None
+    picture_mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """What counts in the loss, and how much.
+
+    outside: the error outside the hole, against 1 + outside inside; None: all of it counts alike.
+    tolerance: None, or the samples' errors count by the logarithm of what they are beyond it: halving a small error is
+    worth as much as halving a large one, as PSNR has it.
+    picture: the error inside the hole of the picture that the prediction amounts to, by its logarithm. Latents do not
+    weigh alike in it: of the embedded autoencoder's, an even error shows 4 to 6 times as much as noise of its size.
+    matching: looking at the right places, where a batch knows them.
+    """
+
+    outside: float | None = None
+    tolerance: float | None = None
+    picture: float = 0.0
+    matching: float = 0.0
 
 
 class Denoising:
@@ -65,6 +86,11 @@ class Denoising:
             return noise
         alpha = self._alpha(timesteps)
         return alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+
+    def estimate(self, clean: Tensor, error: Tensor, timesteps: Tensor) -> Tensor:
+        """The clean latents that a prediction amounts to which differs from the target by `error`; all [B,4,h,w]."""
+        alpha = self._alpha(timesteps)
+        return clean - (1 - alpha).sqrt() * (error if self._predicts_v else error / alpha.sqrt())
 
     def _alpha(self, timesteps: Tensor) -> Tensor:
         return self.alphas[timesteps][:, None, None, None]
@@ -96,11 +122,9 @@ class Objective:
 
     scheduler: the configuration's. no_depth [1,s,s]: the map of "no depth". no_image: the image of "no reference",
     zero pixels [1,3,s,s] or what the image encoder makes of them [1,T,E].
-    outside_weight: of the error outside the hole, against 1 + outside_weight inside; None: all of it counts alike.
-    matching_weight: of looking at the right places, where a batch knows them.
-    tolerance: None, or the samples' errors count by the logarithm of what they are beyond it: halving a small error is
-    worth as much as halving a large one, as PSNR has it.
     """
+
+    picture_tolerance = 0.005  # a little below the embedded autoencoder's own error, on pixels of -1..1
 
     def __init__(
         self,
@@ -108,12 +132,9 @@ class Objective:
         scheduler: dict,
         no_depth: Tensor,
         no_image: Tensor,
-        outside_weight: float | None = None,
-        matching_weight: float = 0.0,
-        tolerance: float | None = None,
+        terms: LossTerms | None = None,
     ):
-        self.modules = modules
-        self.outside_weight, self.matching_weight, self.tolerance = outside_weight, matching_weight, tolerance
+        self.modules, self.terms = modules, terms or LossTerms()
         device = next(modules.unet.parameters()).device
         self.denoising = Denoising(scheduler, device)
         self._no_depth, self._no_image = no_depth.to(device), no_image.to(device)
@@ -135,19 +156,30 @@ class Objective:
         """The mean loss, and the error inside the holes of the rows with and without a reference."""
         matching = None if batch.points is None or not len(batch.reference) else Matching(batch.points)
         predicted, wanted = self.predict(batch, matching)
-        error = (predicted.float() - wanted).square()  # [B,4,h,w]
-        weight = torch.ones_like(batch.mask) if self.outside_weight is None else self.outside_weight + batch.mask
+        difference = predicted.float() - wanted
+        error = difference.square()  # [B,4,h,w]
+        terms = self.terms
+        weight = torch.ones_like(batch.mask) if terms.outside is None else terms.outside + batch.mask
         errors = weighted_means(error, weight)
-        loss = (errors if self.tolerance is None else torch.log(errors + self.tolerance)).mean()
+        loss = (errors if terms.tolerance is None else torch.log(errors + terms.tolerance)).mean()
         split = len(batch.clean) - len(batch.reference)
         figures = {}
         for name, rows in (("masked_none", slice(split)), ("masked_with", slice(split, None))):
             if len(batch.clean[rows]):
                 figures[name] = error_inside(error.detach()[rows], batch.mask[rows])
+        if terms.picture:
+            seen = weighted_means(self._picture_error(batch, difference), batch.picture_mask)  # [B]
+            loss = loss + terms.picture * torch.log(seen + self.picture_tolerance).mean()
+            figures["picture_psnr"] = float(10 * torch.log10(4 / seen.detach()).mean())
         if matching is not None:
             looking = matching.loss()
-            loss, figures["matching"] = loss + self.matching_weight * looking, float(looking.detach())
+            loss, figures["matching"] = loss + terms.matching * looking, float(looking.detach())
         return loss, figures
+
+    def _picture_error(self, batch: Batch, difference: Tensor) -> Tensor:
+        """Squared, of the decoded pictures [B,3,H,W]; difference [B,4,h,w]: of prediction and target."""
+        latents = self.denoising.estimate(batch.clean, difference, batch.timesteps)
+        return (decode_latents(self.modules.vae, _laid_out(latents)).float() - batch.picture).square()
 
     def predict(self, batch: Batch, observer: ReadingObserver | None = None) -> tuple[Tensor, Tensor]:
         """The imitative U-Net's output and what it should have been, both [B,4,h,w]. observer: told of the reading."""

@@ -5,7 +5,7 @@ MimicBrush:
 1. autoencoder: pictures <-> latents. Then its latents are scaled to unit spread and both it and the depth
    network are rounded to float16, so that imitation is learned on exactly what is shipped.
 2. depth: the depth network.
-3. growing_64, imitation_64, imitation_128, finish_128: both U-Nets, image encoder and projections. First on small
+3. growing_64, imitation_64, imitation_128, patterns_128: both U-Nets, image encoder and projections. First on small
    pictures, while the task grows; at last with more patterns, and errors that count by their logarithm.
 
 Its relatives take the autoencoder of the embedded MimicBrush, and learn on small pictures first, too:
@@ -43,7 +43,7 @@ from .exemplar_task import ExemplarTask, LookTask
 from .fixup_task import FixupTask
 from .scenes import render_pair
 from .smartbrush_task import CONTINUED, small_task
-from .tasks import AutoencoderTask, DepthTask, ImitationTask
+from .tasks import TERMS, AutoencoderTask, DepthTask, ImitationTask
 from .trainer import Task, TrainingSettings, averaged_weights, copy_averaged, make_accelerator, read_checkpoint, train
 
 
@@ -68,6 +68,16 @@ _BY_PART = replace(_COMPLETE, between_objects=0.25, masks=(0.35, 0.3, 0.15, 0.1,
 _BY_PATTERN = replace(
     _COMPLETE, between_objects=0.15, textured_scenes=0.35, masks=(0.45, 0.3, 0.05, 0.1, 0.1), first_scene=1_000_000
 )
+_BY_OBJECT = replace(
+    _COMPLETE,
+    high_noise_samples=0.65,
+    between_objects=0.25,
+    textured_scenes=0.2,
+    masks=(0.35, 0.45, 0.05, 0.1, 0.05),
+    first_scene=2_000_000,
+)
+_BY_LOGARITHM = replace(TERMS, tolerance=0.05)
+_BY_PICTURE = replace(_BY_LOGARITHM, picture=1.0, matching=0.5)
 _FULL_SIZE = replace(_SMALL_PICTURES, samples=12_000, lr=2.5e-3, adam_lr=1e-3)
 _WORDS = replace(_SMALL_PICTURES, samples=24_000, lr=4e-3, ema_decay=0.998)
 
@@ -96,10 +106,22 @@ RECIPES: dict[str, dict[str, Stage]] = {
             replace(_SMALL_PICTURES, samples=18_816, batch=32, lr=2e-3, adam_lr=8e-4, cooldown=0.0),
             begins_with=("autoencoder", "depth", "imitation_64"),
         ),
-        "finish_128": Stage(
-            partial(ImitationTask, name="finish_128", size=128, curriculum=_BY_PATTERN, tolerance=0.05, echo=4),
+        "patterns_128": Stage(
+            partial(ImitationTask, name="patterns_128", size=128, curriculum=_BY_PATTERN, terms=_BY_LOGARITHM, echo=4),
             replace(_SMALL_PICTURES, samples=44_800, batch=32, lr=2e-3, adam_lr=8e-4, cooldown=0.7),
             begins_with=("autoencoder", "depth", "imitation_128"),
+        ),
+        "objects_128": Stage(
+            partial(
+                ImitationTask,
+                name="objects_128",
+                size=128,
+                curriculum=_BY_OBJECT,
+                terms=_BY_PICTURE,
+                echo=4,
+            ),
+            replace(_SMALL_PICTURES, samples=51_200, batch=32, lr=2.5e-3, adam_lr=1e-3, cooldown=0.0),
+            begins_with=("autoencoder", "depth", "patterns_128"),
         ),
     },
     PAINT_BY_EXAMPLE: {

@@ -20,11 +20,14 @@ from ..systems.mimicbrush import MimicBrush
 from .correspondence import draw_points
 from .curriculum import Curriculum
 from .hole_masks import draw_mask, part_mask
-from .objective import Batch, Objective
+from .objective import Batch, LossTerms, Objective
 from .scene_pool import ScenePool
 from .scenes import FramePair, render_between_objects, render_pair, render_textured_scene
 from .trainer import Task, Validation
 from .validation import judge
+
+TERMS = LossTerms(outside=0.1, matching=0.1)
+"""Of the embedded model's loss, where a stage has no others."""
 
 
 class AutoencoderTask(Task):
@@ -105,6 +108,7 @@ class _Scene:
     pixels: Tensor  # uint8 [2,3,S,S]
     truths: Tensor  # [2,4,h,w] latents to be learned; differ from `latents` between objects
     latents: Tensor  # [2,4,h,w]
+    true_pixels: Tensor  # uint8 [2,3,S,S], of the truths
     clip_pixels: Tensor  # [2,3,s,s]
     depths: Tensor  # [2,d,d]
     parts: np.ndarray  # uint8 [2,S,S]
@@ -136,8 +140,6 @@ class ImitationTask(Task):
 
     drop_reference = 0.1
     drop_depth = 0.5
-    outside_weight = 0.1
-    matching_weight = 0.1
     validation_cases = 16  # of each set
 
     def __init__(
@@ -148,11 +150,11 @@ class ImitationTask(Task):
         name: str = "imitation",
         size: int | None = None,
         curriculum: Curriculum | None = None,
-        tolerance: float | None = None,
+        terms: LossTerms | None = None,
         scenes: int = 1024,
         echo: int = 6,
     ):
-        """name: of the run's files. size: side of the pictures; None: the model's. tolerance: see `Objective`.
+        """name: of the run's files. size: side of the pictures; None: the model's. terms: of the loss; None: `TERMS`.
         scenes: how many are held at a time; echo: how often each is used before new ones are rendered.
         """
         self.size = size or config["defaults"]["size"]
@@ -174,9 +176,7 @@ class ImitationTask(Task):
         with torch.no_grad():
             no_depth = no_depth_map(modules.depth_network, self.depth_size)
         no_image = torch.zeros(1, 3, self.clip_size, self.clip_size)
-        self.objective = Objective(
-            modules, config["scheduler"], no_depth, no_image, self.outside_weight, self.matching_weight, tolerance
-        )
+        self.objective = Objective(modules, config["scheduler"], no_depth, no_image, terms or TERMS)
         self.timesteps = len(self.objective.denoising.alphas)
 
     # -- one step
@@ -210,12 +210,14 @@ class ImitationTask(Task):
             reference=reference[:readers],
             image=image[:readers],
             points=self._gather(samples, lambda s: torch.from_numpy(s.points))[:readers],
+            picture=_model_range(self._gather(samples, lambda s: s.scene.true_pixels[s.source])),
+            picture_mask=mask.float(),
         )
 
     @torch.no_grad()
     def _hole_latents(self, pixels: Tensor, mask: Tensor) -> Tensor:
         """Latents of the sources with black holes, [B,4,h,w]."""
-        picture = torch.where(mask, -1.0, pixels.float() / 127.5 - 1)
+        picture = torch.where(mask, -1.0, _model_range(pixels))
         return encode_latents(self.modules.vae, picture).float()
 
     def _gather(self, samples: list[_Sample], pick) -> Tensor:
@@ -249,14 +251,15 @@ class ImitationTask(Task):
         modules, pairs = self.modules, [pair for pair, _ in drawn]
         frames = [frame for pair in pairs for frame in (pair.source, pair.reference)]
         latents = self._encode(frames)
-        truths = latents.clone()
+        pixels = _stacked(frames)
+        truths, true_pixels = latents.clone(), pixels.clone()
         between = [n for n, (_, part) in enumerate(drawn) if part]
         if between:
-            truths[[2 * n for n in between]] = self._encode([pairs[n].truth for n in between])
+            rows, pictures = [2 * n for n in between], [pairs[n].truth for n in between]
+            truths[rows], true_pixels[rows] = self._encode(pictures), _stacked(pictures)
         depth_pixels = torch.cat([depth_pixel_values(frame, self.depth_size) for frame in frames])
         depths = estimate_depth(modules.depth_network, depth_pixels.to(self.device)).float().cpu()
         clip_pixels = torch.cat([clip_pixel_values(frame, self.clip_size) for frame in frames])
-        pixels = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
         scenes = []
         for n, (pair, masked_part) in enumerate(drawn):
             rows = slice(2 * n, 2 * n + 2)
@@ -266,6 +269,7 @@ class ImitationTask(Task):
                     pixels[rows],
                     truths[rows],
                     latents[rows],
+                    true_pixels[rows],
                     clip_pixels[rows],
                     depths[rows],
                     parts,
@@ -287,3 +291,13 @@ class ImitationTask(Task):
 
     def _encode(self, frames: list[np.ndarray]) -> Tensor:
         return encode_pictures(self.modules.vae, frames).cpu()
+
+
+def _stacked(pictures: list[np.ndarray]) -> Tensor:
+    """Pictures uint8 [S,S,3] as uint8 [N,3,S,S]."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def _model_range(pixels: Tensor) -> Tensor:
+    """Pixels uint8 as float32 in -1..1."""
+    return pixels.float() / 127.5 - 1
