@@ -844,6 +844,7 @@ def test_the_command_refuses_what_it_cannot_do(tmp_path, capsys):
         (["--lora", "2", "--precision", "fp16"], 2, "graphics card"),
         (["--lora", "-2"], 2, "rank"),
         (["--lora", "2", "--validate-every", "5"], 2, "--validation"),
+        (["--lora", "2", "--validation", str(tmp_path)], 2, "--validate-every"),
         (["--parts", "vae"], 2, "vae"),
         (["--from-sd15", str(tmp_path)], 2, "inpainting"),
         (["--stills", str(tmp_path)], 2, "--lora"),

@@ -312,6 +312,7 @@ def test_its_settings_are_the_specifications(world):
         (["--from-sd15", "{sd15}", "--segments", "{segments}", "--captions", "{captions}"], "--captions"),
         (["--from-sd15", "{sd15}", *COCO, "--captions", "{instances}"], "one phrase for each annotation"),
         (["--from-sd15", "{sd15}", "--segments", "{segments}", "--validate-every", "1"], "--validation"),
+        (["--from-sd15", "{sd15}", "--segments", "{segments}", "--validation", "{segments}"], "--validate-every"),
         (["--from-sd15", "{sd15}", "--segments", "{segments}", "--size", "36"], "multiple of"),
         (["--from-sd15", "{sd15}", "--segments", "{segments}", "--stage", "smartbrush_64"], "--stage"),
         (["--from-sd15", "{sd15}", "--segments", "{segments}", "--lora", "4"], "SmartBrush does not know --lora"),

@@ -126,7 +126,7 @@ def _trained_system(arguments: argparse.Namespace) -> str:
 
 
 def _check_trains(arguments: argparse.Namespace) -> None:
-    """Refuse by name what the system's training does not know."""
+    """Refuse by name what the system's training does not know, and what would not be looked at."""
     from ..modules import TITLES
 
     for name, systems in _TRAINED_BY.items():
@@ -135,6 +135,10 @@ def _check_trains(arguments: argparse.Namespace) -> None:
                 f"The training of {TITLES[arguments.system]} does not know --{name.replace('_', '-')}. Leave it out, "
                 f"or choose another --system: {', '.join(systems)}."
             )
+    if arguments.validation and not arguments.validate_every:
+        raise ArgumentError(
+            f"The held-out pictures of {arguments.validation} would never be judged: add --validate-every STEPS."
+        )
 
 
 def _train_stages(arguments: argparse.Namespace) -> None:
@@ -197,7 +201,6 @@ def _is_finetune(arguments: argparse.Namespace) -> bool:
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
-
     from ..training.dataset import DataSettings, pairs_from_folders
     from ..training.finetune import FULL, LORA, Recipe, export, finetune
     from ..training.starts import StartingPoint
@@ -247,7 +250,6 @@ def _finetune(arguments: argparse.Namespace) -> None:
 
 
 def _finetune_brush(arguments: argparse.Namespace) -> None:
-
     from ..training.brush_start import BrushStart
     from ..training.segments import Segments, list_segment_folder
     from ..training.smartbrush_finetune import FULL, BrushRecipe, export_brush, finetune_brush
