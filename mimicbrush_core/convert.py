@@ -20,7 +20,6 @@ from .checkpoints import (
 from .errors import ArgumentError, ModelFileError, OutputError
 from .modules import parts_of
 from .weight_files import (
-    UNFINISHED,
     SafetensorsFile,
     SafetensorsWriter,
     check_integrity,
@@ -28,6 +27,7 @@ from .weight_files import (
     is_finite,
     sha256_and_check,
 )
+from .whole_file import unfinished_path
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -93,7 +93,7 @@ def _check_output(path: Path, overwrite: bool) -> None:
 
 def _check_not_source(output: Path, model: Source) -> None:
     for file in model.files.values():
-        for written in (output, output.with_name(output.name + UNFINISHED)):
+        for written in (output, unfinished_path(output)):
             if written.exists() and written.samefile(file):
                 raise OutputError(
                     f"{written} would be overwritten, but is what is to be converted. Choose another name."

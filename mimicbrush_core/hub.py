@@ -34,6 +34,7 @@ from urllib.parse import quote, urlsplit
 
 from . import __version__
 from .errors import ArgumentError, DownloadError, ModelFileError, OutputError, as_output_error
+from .whole_file import whole_file
 
 REPOSITORY = "xichenhku/MimicBrush"
 MIRROR_PAGE = "https://www.modelscope.cn/models/xichen/MimicBrush"
@@ -50,6 +51,7 @@ NEEDED = (
     ("sd-vae-ft-mse/diffusion_pytorch_model.safetensors", "sd-vae-ft-mse/diffusion_pytorch_model.bin"),
     ("depth_model/depth_anything_vitb14.pth",),
 )
+
 """What the model is loaded from (`checkpoints.ORIGINAL_FILES`), relative to the folder; of each group the
 first file that is published. The repository's image_encoder/ is not needed: mimicbrush.bin holds that one."""
 
@@ -325,11 +327,10 @@ def _write_lock(plan: Plan) -> None:
         },
     }
     path = plan.folder / LOCK_NAME
-    unfinished = path.with_name(path.name + ".unfinished")
     with as_output_error(f"write {path}", "Choose another folder."):
         plan.folder.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        with whole_file(path) as unfinished:
+            unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_against_lock(folder: Path, locked_revision, locked, commit: str, published) -> None:

@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from .errors import ArgumentError, PictureError
+from .whole_file import whole_file
 
 MAX_SIDE = 16384
 MIN_SIDE = 8
@@ -58,6 +59,7 @@ _EXIF_ERRORS = (
     ArithmeticError,
     struct.error,
 )
+
 _RANGE_TOLERANCE = 1e-3
 
 
@@ -509,9 +511,5 @@ def save_png(path: str | os.PathLike, picture: np.ndarray | Image.Image, text: d
     info = PngInfo()
     for key, value in text.items():
         info.add_text(key, value)
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
+    with whole_file(path) as unfinished:
         picture.save(unfinished, format="PNG", pnginfo=info)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

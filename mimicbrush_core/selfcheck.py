@@ -41,6 +41,7 @@ from .references import Reference, ReferenceUse
 from .sampling import initial_noise, make_scheduler
 from .sheets import show_mask
 from .systems.mimicbrush import EditSettings, MimicBrush, SourceCondition
+from .whole_file import whole_file
 
 REPORT_NAME = "selfcheck.html"
 SEED = 20240611
@@ -453,12 +454,10 @@ def _sha256(path: Path) -> str:
 
 def write_report(report: SelfCheck, path: Path) -> None:
     """Write the report as one HTML file: beside its place, then renamed. Raises OutputError."""
-    unfinished = path.with_name(path.name + ".unfinished")
     try:
-        unfinished.write_text(to_html(report), encoding="utf-8")
-        os.replace(unfinished, path)
+        with whole_file(path) as unfinished:
+            unfinished.write_text(to_html(report), encoding="utf-8")
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise OutputError(f"Cannot write the report {path}: {error.strerror or error}.") from error
 
 

@@ -25,12 +25,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import ModelFileError, OutputError, as_output_error
+from .whole_file import unfinished_path
 
 SAFETENSORS, ZIP_PICKLE, OLD_PICKLE = "safetensors", "zip pickle", "old pickle"
 CHECKSUM_KEY = "sha256"
 """Header entry of the files written here: SHA-256 of the whole file with this entry's 64 digits set to '0'."""
 
-UNFINISHED = ".unfinished"
 CHUNK_BYTES = 1 << 20
 HEAD_BYTES = 512
 MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
@@ -456,7 +456,7 @@ class SafetensorsWriter:
 
     def __init__(self, path: str | os.PathLike, layout: Mapping, metadata: Mapping[str, str]):
         self.path = Path(path)
-        self.unfinished = self.path.with_name(self.path.name + UNFINISHED)
+        self.unfinished = unfinished_path(self.path)
         self._layout = list(layout.items())
         self._zero_header = _encode_header(layout, {CHECKSUM_KEY: "0" * 64, **metadata})
         self.bytes = len(self._zero_header) + sum(_byte_count(*entry) for entry in layout.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from ..images import clip_pixel_values, cut_hole, depth_pixel_values, to_model_r
 from ..masks import latent_mask
 from ..modules import Modules
 from ..systems.mimicbrush import MimicBrush
+from ..whole_file import whole_file
 from .samples import TrainingSample
 
 
@@ -179,6 +179,5 @@ class PreparedSamples:
 def _save(path: Path, sample: EncodedSample | Constants) -> None:
     """Whole or not at all."""
     tensors = {field.name: getattr(sample, field.name).cpu().contiguous() for field in fields(sample)}
-    unfinished = path.with_suffix(".unfinished")
-    save_file(tensors, unfinished)
-    os.replace(unfinished, path)
+    with whole_file(path) as unfinished:
+        save_file(tensors, unfinished)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from ..errors import ArgumentError, ModelFileError, as_output_error
 from ..modules import MIMICBRUSH, SMARTBRUSH
+from ..whole_file import whole_file
 
 RUN_NAMES = {MIMICBRUSH: "finetune", SMARTBRUSH: "smartbrush"}
 """System -> the name of its fine-tuning's files."""
@@ -23,9 +23,8 @@ def remember(run_folder: Path, name: str, settings: dict) -> None:
     path = _path(run_folder, name)
     with as_output_error(f"write to the folder {run_folder}", "Choose another one."):
         run_folder.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(settings, indent=1))
-        os.replace(unfinished, path)
+        with whole_file(path) as unfinished:
+            unfinished.write_text(json.dumps(settings, indent=1))
 
 
 def recalled(run_folder: Path, name: str) -> dict:

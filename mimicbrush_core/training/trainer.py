@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, MimicBrushError, ModelFileError, as_output_error
 from ..images import save_png
+from ..whole_file import whole_file
 from .optimizer import make_optimizer
 
 logger = logging.getLogger(__name__)
@@ -429,13 +430,14 @@ class _Run:
         }
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
-        unfinished = self.path.with_suffix(".unfinished")
-        with as_output_error(f"write the checkpoint {self.path}", "The one before is whole. Free some space."):
-            with open(unfinished, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, self.path)
+        with (
+            as_output_error(f"write the checkpoint {self.path}", "The one before is whole. Free some space."),
+            whole_file(self.path) as unfinished,
+            open(unfinished, "wb") as file,
+        ):
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
 
     def _resume(self) -> None:
         if not self.path.exists():
@@ -522,9 +524,8 @@ def _cut_log(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("".join(kept))
-    os.replace(unfinished, path)
+    with whole_file(path) as unfinished:
+        unfinished.write_text("".join(kept))
 
 
 def _rate(step: int, seen: int, settings: TrainingSettings) -> float:
