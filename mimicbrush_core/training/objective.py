@@ -124,7 +124,7 @@ class Objective:
     zero pixels [1,3,s,s] or what the image encoder makes of them [1,T,E].
     """
 
-    picture_tolerance = 0.005  # a little below the embedded autoencoder's own error, on pixels of -1..1
+    picture_tolerance = 0.005  # about the embedded autoencoder's own error, on pixels of -1..1
 
     def __init__(
         self,

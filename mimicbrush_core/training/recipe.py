@@ -5,8 +5,9 @@ MimicBrush:
 1. autoencoder: pictures <-> latents. Then its latents are scaled to unit spread and both it and the depth
    network are rounded to float16, so that imitation is learned on exactly what is shipped.
 2. depth: the depth network.
-3. growing_64, imitation_64, imitation_128, patterns_128: both U-Nets, image encoder and projections. First on small
-   pictures, while the task grows; at last with more patterns, and errors that count by their logarithm.
+3. growing_64, imitation_64, imitation_128, patterns_128, objects_128, finish_128: both U-Nets, image encoder and
+   projections. First on small pictures, while the task grows; then with more patterns, and errors that count by their
+   logarithm; at last with more whole objects, and the decoded picture's error, too.
 
 Its relatives take the autoencoder of the embedded MimicBrush, and learn on small pictures first, too:
 
@@ -76,6 +77,7 @@ _BY_OBJECT = replace(
     masks=(0.35, 0.45, 0.05, 0.1, 0.05),
     first_scene=2_000_000,
 )
+_FINISH = replace(_BY_OBJECT, high_noise_samples=0.7, first_scene=3_000_000)
 _BY_LOGARITHM = replace(TERMS, tolerance=0.05)
 _BY_PICTURE = replace(_BY_LOGARITHM, picture=1.0, matching=0.5)
 _FULL_SIZE = replace(_SMALL_PICTURES, samples=12_000, lr=2.5e-3, adam_lr=1e-3)
@@ -112,16 +114,14 @@ RECIPES: dict[str, dict[str, Stage]] = {
             begins_with=("autoencoder", "depth", "imitation_128"),
         ),
         "objects_128": Stage(
-            partial(
-                ImitationTask,
-                name="objects_128",
-                size=128,
-                curriculum=_BY_OBJECT,
-                terms=_BY_PICTURE,
-                echo=4,
-            ),
-            replace(_SMALL_PICTURES, samples=51_200, batch=32, lr=2.5e-3, adam_lr=1e-3, cooldown=0.0),
+            partial(ImitationTask, name="objects_128", size=128, curriculum=_BY_OBJECT, terms=_BY_PICTURE, echo=4),
+            replace(_FULL_SIZE, samples=32_000, batch=32, cooldown=0.0),
             begins_with=("autoencoder", "depth", "patterns_128"),
+        ),
+        "finish_128": Stage(
+            partial(ImitationTask, name="finish_128", size=128, curriculum=_FINISH, terms=_BY_PICTURE, echo=4),
+            replace(_FULL_SIZE, samples=62_400, batch=32, cooldown=1.0),
+            begins_with=("autoencoder", "depth", "objects_128"),
         ),
     },
     PAINT_BY_EXAMPLE: {
