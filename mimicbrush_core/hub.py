@@ -51,7 +51,6 @@ NEEDED = (
     ("sd-vae-ft-mse/diffusion_pytorch_model.safetensors", "sd-vae-ft-mse/diffusion_pytorch_model.bin"),
     ("depth_model/depth_anything_vitb14.pth",),
 )
-
 """What the model is loaded from (`checkpoints.ORIGINAL_FILES`), relative to the folder; of each group the
 first file that is published. The repository's image_encoder/ is not needed: mimicbrush.bin holds that one."""
 

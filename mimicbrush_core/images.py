@@ -59,7 +59,6 @@ _EXIF_ERRORS = (
     ArithmeticError,
     struct.error,
 )
-
 _RANGE_TOLERANCE = 1e-3
 
 

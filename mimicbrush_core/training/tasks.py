@@ -255,8 +255,8 @@ class ImitationTask(Task):
         truths, true_pixels = latents.clone(), pixels.clone()
         between = [n for n, (_, part) in enumerate(drawn) if part]
         if between:
-            rows, pictures = [2 * n for n in between], [pairs[n].truth for n in between]
-            truths[rows], true_pixels[rows] = self._encode(pictures), _stacked(pictures)
+            sources, pictures = [2 * n for n in between], [pairs[n].truth for n in between]
+            truths[sources], true_pixels[sources] = self._encode(pictures), _stacked(pictures)
         depth_pixels = torch.cat([depth_pixel_values(frame, self.depth_size) for frame in frames])
         depths = estimate_depth(modules.depth_network, depth_pixels.to(self.device)).float().cpu()
         clip_pixels = torch.cat([clip_pixel_values(frame, self.clip_size) for frame in frames])
